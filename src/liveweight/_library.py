@@ -1,0 +1,179 @@
+"""The op namespace: every schema in one table, the compiled libraries, and who serves which op.
+
+The torch dispatcher is the only switch. Each op has its plain PyTorch reference registered for all
+devices; a compiled library or a Triton launcher, where present, takes its own device over.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pathlib
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+
+NAMESPACE = "liveweight"
+_HERE = pathlib.Path(__file__).parent
+
+SCHEMAS: dict[str, str] = {
+    "activity_stats_": """(
+        Tensor(a!) stats,
+        Tensor x,
+        float eps
+    ) -> ()""",
+    "mass_mask": """(
+        Tensor scores,
+        float alpha,
+        bool authors_ties
+    ) -> Tensor""",
+    "unstructured_linear": """(
+        Tensor x,
+        Tensor values,
+        Tensor row_offsets,
+        Tensor columns,
+        Tensor? bias,
+        bool relu
+    ) -> Tensor""",
+    "unstructured_linear_grad_x": """(
+        Tensor grad,
+        Tensor values,
+        Tensor row_offsets,
+        Tensor columns,
+        int in_features
+    ) -> Tensor""",
+    "unstructured_linear_grad_values": """(
+        Tensor grad,
+        Tensor x,
+        Tensor row_offsets,
+        Tensor columns
+    ) -> Tensor""",
+    "kernelwise_conv2d": """(
+        Tensor x,
+        Tensor values,
+        Tensor filter_offsets,
+        Tensor channels,
+        Tensor? bias,
+        int[2] stride,
+        int[2] padding,
+        int[2] dilation,
+        int groups,
+        bool relu,
+        int pool
+    ) -> Tensor""",
+    "kernelwise_conv2d_grad_x": """(
+        Tensor grad,
+        Tensor values,
+        Tensor filter_offsets,
+        Tensor channels,
+        int[4] x_shape,
+        int[2] stride,
+        int[2] padding,
+        int[2] dilation,
+        int groups
+    ) -> Tensor""",
+    "kernelwise_conv2d_grad_values": """(
+        Tensor grad,
+        Tensor x,
+        Tensor filter_offsets,
+        Tensor channels,
+        int[2] kernel_size,
+        int[2] stride,
+        int[2] padding,
+        int[2] dilation,
+        int groups
+    ) -> Tensor""",
+    "masked_linear": """(
+        Tensor x,
+        Tensor weight,
+        Tensor mask_bits,
+        Tensor? bias
+    ) -> Tensor""",
+}
+
+lib = torch.library.Library(NAMESPACE, "DEF")
+for _name, _schema in SCHEMAS.items():
+    lib.define(_name + " ".join(_schema.split()))
+
+_triton_ops: set[str] = set()
+
+
+def _build_note(part: str) -> str:
+    record = _HERE / "_build.json"
+    if not record.exists():
+        return "not built: this is a source tree without a build; run `make build`"
+    note = json.loads(record.read_text()).get(part, "not built")
+    return f"not built: {note}" if note != "built" else "built, but the file is gone"
+
+
+def _load_ops(part: str) -> str:
+    if part == "cuda" and torch.version.cuda is None:
+        return "this torch has no CUDA"
+    path = _HERE / f"_{part}.so"
+    if not path.exists():
+        return _build_note(part)
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
+    return "loaded"
+
+
+def _load_pack() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("liveweight._pack"), "loaded"
+    except ImportError as error:
+        note = _build_note("pack")
+        return None, note if note.startswith("not built") else f"does not load: {error}"
+
+
+def _find_triton() -> str:
+    try:
+        return f"found {importlib.import_module('triton').__version__}"
+    except ImportError as error:
+        return f"not installed: {error}"
+
+
+_status = {"cpu": _load_ops("cpu"), "cuda": _load_ops("cuda"), "triton": _find_triton()}
+pack, _status["pack"] = _load_pack()
+
+
+def status() -> dict[str, str]:
+    """Return, for each of cpu, cuda, triton and pack, "loaded"/"found ..." or why it is missing."""
+    return dict(_status)
+
+
+def register(name: str, reference: Callable, fake: Callable) -> None:
+    """Register an op's plain PyTorch kernel for every device, and its shape function."""
+    lib.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=lib)
+
+
+def register_triton(name: str, launch: Callable) -> None:
+    """Register a Triton launcher as the op's CUDA kernel."""
+    lib.impl(name, launch, "CUDA")
+    _triton_ops.add(name)
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+
+
+def cpu_isa() -> str:
+    """Return the instruction set the compiled CPU kernels run with: avx512, avx2 or plain."""
+    return torch.ops.liveweight.cpu_isa() if _status["cpu"] == "loaded" else "none"
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """Return op -> device -> who serves it: "c++ (isa)", "cuda c++", "triton" or "reference"."""
+    table = {}
+    for name in SCHEMAS:
+        cpu = f"c++ ({cpu_isa()})" if _has_kernel(name, "CPU") else "reference"
+        cuda = "reference"
+        if name in _triton_ops:
+            cuda = "triton"
+        elif _has_kernel(name, "CUDA"):
+            cuda = "cuda c++"
+        table[name] = {"cpu": cpu, "cuda": cuda}
+    return table
