@@ -26,8 +26,8 @@ class Build(build_ext):
         status = compile_all(package / "liveweight")
         if status["cpu"] != "built":
             warnings.warn(
-                "liveweight was installed WITHOUT its compiled kernels; it works, but runs the slow "
-                f"PyTorch reference implementation. Reason: {status['cpu']}",
+                "liveweight was installed WITHOUT its compiled kernels; it works, but runs the "
+                f"slow PyTorch reference implementation. Reason: {status['cpu']}",
                 stacklevel=1,
             )
 

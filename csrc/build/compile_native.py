@@ -43,8 +43,12 @@ def _run(part: str, build_dir: pathlib.Path, out_dir: pathlib.Path) -> str:
                 return "nvcc not found at build time (set CUDA_HOME)"
             plan.add_cuda(ninja_plan.torch_include(), tool)
         path = plan.write()
-        done = subprocess.run([*_ninja(), "-f", str(path)], text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            [*_ninja(), "-f", str(path)],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
     except ninja_plan.Missing as missing:
         return str(missing)
     print(done.stdout, file=sys.stderr)

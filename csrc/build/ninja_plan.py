@@ -89,15 +89,20 @@ class Plan:
         x86 = platform.machine() in ("x86_64", "AMD64")
         flags = f"-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast {WARN} {ABI}"
         self.rule("cpu", f"{cxx} -MMD -MF $out.d {flags} $isa -isystem {include} -c $in -o $out")
-        self.rule("link_cpu", f"{cxx} -shared -o $out $in -L{include.parent / 'lib'} -ltorch_cpu",
-                  depfile=False)
+        self.rule(
+            "link_cpu",
+            f"{cxx} -shared -o $out $in -L{include.parent / 'lib'} -ltorch_cpu",
+            depfile=False,
+        )
         objects = []
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
             for isa in ISA_FLAGS if x86 else ("plain",):
                 obj = self.build_dir / "cpu" / f"{source.stem}.{isa}.o"
                 base = " -DLW_BASE" if isa == "plain" else ""
                 x86_flag = " -DLW_X86" if x86 else ""
-                self.edge("cpu", obj, [source], isa=f"-DLW_ISA={isa}{base}{x86_flag} {ISA_FLAGS[isa]}")
+                self.edge(
+                    "cpu", obj, [source], isa=f"-DLW_ISA={isa}{base}{x86_flag} {ISA_FLAGS[isa]}"
+                )
                 objects.append(obj)
         self._link("link_cpu", "_cpu.so", objects)
 
@@ -108,8 +113,11 @@ class Plan:
         pybind = pathlib.Path(spec.origin).parent / "include"
         python = sysconfig.get_path("include")
         cxx = compiler()
-        self.rule("pack", f"{cxx} -MMD -MF $out.d -std=c++17 -O3 -fPIC -fvisibility=hidden {WARN} "
-                  f"-isystem {pybind} -isystem {python} -c $in -o $out")
+        self.rule(
+            "pack",
+            f"{cxx} -MMD -MF $out.d -std=c++17 -O3 -fPIC -fvisibility=hidden {WARN} "
+            f"-isystem {pybind} -isystem {python} -c $in -o $out",
+        )
         self.rule("link_pack", f"{cxx} -shared -o $out $in", depfile=False)
         objects = []
         for source in sorted((ROOT / "csrc" / "pack").glob("*.cpp")):
@@ -121,26 +129,40 @@ class Plan:
         sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
         archs = os.environ.get("LIVEWEIGHT_CUDA_ARCHS", "80;90a").split(";")
         gencode = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
-        flags = (f"-std=c++20 -O3 -lineinfo --expt-relaxed-constexpr -Xcompiler=-fPIC,"
-                 f"-fvisibility=hidden -DUSE_CUDA {ABI} {gencode}")
+        flags = (
+            f"-std=c++20 -O3 -lineinfo --expt-relaxed-constexpr -Xcompiler=-fPIC,"
+            f"-fvisibility=hidden -DUSE_CUDA {ABI} {gencode}"
+        )
         self.rule("cuda", f"{tool} -MD -MF $out.d {flags} -isystem {include} -c $in -o $out")
         # An empty library with this name puts libtorch_cuda.so into NEEDED where torch has no CUDA.
         stub = self.build_dir / "cuda" / "libtorch_cuda.so"
-        self.rule("stub", f"{compiler()} -shared -Wl,-soname,libtorch_cuda.so -x c++ /dev/null "
-                  "-o $out", depfile=False)
+        self.rule(
+            "stub",
+            f"{compiler()} -shared -Wl,-soname,libtorch_cuda.so -x c++ /dev/null -o $out",
+            depfile=False,
+        )
         self.edge("stub", stub, [])
         home = pathlib.Path(tool).resolve().parents[1]
         search = " ".join(f"-L{p}" for p in (stub.parent, include.parent / "lib", home / "lib64"))
-        self.rule("link_cuda", f"{tool} -shared {gencode} -cudart static -o $out $in {search} "
-                  "-ltorch_cpu -Xlinker --no-as-needed -ltorch_cuda", depfile=False)
+        self.rule(
+            "link_cuda",
+            f"{tool} -shared {gencode} -cudart static -o $out $in {search} "
+            "-ltorch_cpu -Xlinker --no-as-needed -ltorch_cuda",
+            depfile=False,
+        )
         objects = []
         for source in sources:
             objects.append(self.build_dir / "cuda" / f"{source.stem}.o")
             self.edge("cuda", objects[-1], [source])
         self._link("link_cuda", "_cuda.so", objects, order_only=stub)
 
-    def _link(self, rule: str, name: str, objects: list[pathlib.Path],
-              order_only: pathlib.Path | None = None) -> None:
+    def _link(
+        self,
+        rule: str,
+        name: str,
+        objects: list[pathlib.Path],
+        order_only: pathlib.Path | None = None,
+    ) -> None:
         out = self.out_dir / name
         extra = f" || {_quote(order_only)}" if order_only else ""
         self.lines.append(f"build {_quote(out)}: {rule} {' '.join(map(_quote, objects))}{extra}")

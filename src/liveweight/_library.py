@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import pathlib
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 
@@ -144,9 +145,27 @@ def status() -> dict[str, str]:
     return dict(_status)
 
 
+def _warn_on_gpu(name: str, reference: Callable) -> Callable:
+    """Say once per op that a GPU is being served by the slow reference, and why."""
+    warned = False
+
+    def kernel(*args, **kwargs):
+        nonlocal warned
+        if not warned and any(isinstance(a, torch.Tensor) and a.is_cuda for a in args):
+            warned = True
+            warnings.warn(
+                f"liveweight.{name} runs its slow PyTorch reference on CUDA "
+                f"(cuda: {_status['cuda']}; triton: {_status['triton']})",
+                stacklevel=2,
+            )
+        return reference(*args, **kwargs)
+
+    return kernel
+
+
 def register(name: str, reference: Callable, fake: Callable) -> None:
     """Register an op's plain PyTorch kernel for every device, and its shape function."""
-    lib.impl(name, reference, "CompositeExplicitAutograd")
+    lib.impl(name, _warn_on_gpu(name, reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=lib)
 
 
