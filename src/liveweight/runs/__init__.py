@@ -1,0 +1,1 @@
+"""Pruning runs: recipe -> train -> prune -> compress -> report."""

@@ -1,0 +1,275 @@
+"""Recipes: what a pruning run does, as dataclasses that are read from YAML and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import yaml
+
+from liveweight._check import check_fraction, near_misses
+
+BUILT_IN = pathlib.Path(__file__).with_name("recipes")
+
+SOURCES = ("digits", "idx", "images", "numpy")
+OPTIMIZERS = ("adam", "adamw", "sgd")
+REWINDS = ("init", "none")
+KEEPS = ("smallest", "best", "last")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be read or run; the message names the key."""
+
+
+def _option(default: Any, help_text: str) -> Any:
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata={"help": help_text})
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """What is pruned."""
+
+    name: str = _option(
+        "lenet5", "built-in name (liveweight list models) or package.module:factory"
+    )
+    arguments: dict[str, Any] = _option({}, "keyword arguments of the factory")
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """What it learns from."""
+
+    source: str = _option("digits", f"one of {', '.join(SOURCES)}")
+    path: str | None = _option(None, "folder (idx, images) or .npz file (numpy)")
+    validation: int = _option(500, "samples split off train where the source has no validation set")
+    channels: int = _option(1, "images: 1 (grey) or 3 (RGB)")
+    size: list[int] = _option([], "images: resize to [height, width]; empty: keep")
+    mean: list[float] = _option([], "per channel, subtracted after the scaling to [0, 1]")
+    std: list[float] = _option([], "per channel, divided by")
+    limit: int | None = _option(None, "at most so many samples per split, stratified; for trials")
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """How it is trained."""
+
+    epochs: int = _option(60, "passes over the training set")
+    batch_size: int = _option(120, "samples per step")
+    optimizer: str = _option("adam", f"one of {', '.join(OPTIMIZERS)}")
+    lr: float = _option(1e-3, "learning rate at the start")
+    momentum: float = _option(0.9, "sgd only")
+    weight_decay: float = _option(5e-4, "of the optimizer")
+    milestones: list[int] = _option([30], "epochs after which lr is multiplied by gamma")
+    gamma: float = _option(0.1, "factor at each milestone")
+
+
+@dataclass(frozen=True)
+class PruneRecipe:
+    """What is removed, how often, and which result is kept."""
+
+    importance: str = _option("nnrelief", "criterion (liveweight list importances)")
+    options: dict[str, Any] = _option({}, "arguments of the criterion, e.g. {variant: authors}")
+    alpha: float | dict[str, float] | None = _option(
+        None, "share of importance kept per unit: a number or {conv: 0.9, linear: 0.95}"
+    )
+    sparsity: float | None = _option(None, "share of weights removed in the end, instead of alpha")
+    granularity: str | None = _option(None, "what is removed together; default: the criterion's")
+    scope: str = _option("local", "with sparsity: compare within a layer (local) or all (global)")
+    ignore: list[str] = _option([], "layers left alone: names, globs or re:patterns")
+    iterations: int = _option(5, "times to prune and retrain; 0 only trains")
+    samples: int = _option(1000, "training samples that are scored, the same in every iteration")
+    rewind: str = _option("init", "weights before retraining: init (first values) or none")
+    keep: str = _option("smallest", "smallest within tolerance, best on validation, or last")
+    tolerance: float = _option(1.0, "points of validation accuracy that smallest may lose")
+
+
+@dataclass(frozen=True)
+class CompressRecipe:
+    """How the kept network is made fast on this machine."""
+
+    shrink: bool = _option(True, "remove dead neurons and channels")
+    formats: str = _option("auto", "sparse formats to try, or auto")
+    min_speedup: float = _option(1.0, "a layer is swapped only from this speed-up on")
+    batch_sizes: list[int] = _option([1, 64], "measured batch sizes; never slower at any of them")
+
+
+@dataclass(frozen=True)
+class ReportRecipe:
+    """What is measured and drawn in the end."""
+
+    batch_sizes: list[int] = _option([1, 64], "batch sizes of the latency table")
+    torch_compile: bool = _option(True, "also measure the torch.compile'd dense model")
+    plots: bool = _option(True, "draw plots (needs matplotlib)")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A pruning run: model, data, training, pruning, retraining, compression, report."""
+
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+    prune: PruneRecipe = field(default_factory=PruneRecipe)
+    retrain: TrainRecipe = field(default_factory=TrainRecipe)
+    compress: CompressRecipe = field(default_factory=CompressRecipe)
+    report: ReportRecipe = field(default_factory=ReportRecipe)
+    seed: int = _option(0, "of initial weights, order of samples and the pruning set")
+    device: str = _option("cpu", "cpu, cuda or cuda:N")
+    threads: int | None = _option(None, "CPU threads; default: torch's")
+    out: str | None = _option(None, "run folder; default: runs/RECIPE")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def built_in_recipes() -> dict[str, pathlib.Path]:
+    """Return name -> file of the recipes that ship with the package."""
+    return {path.stem: path for path in sorted(BUILT_IN.glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> pathlib.Path:
+    """Return the file of a built-in name or a path; RecipeError lists near misses."""
+    known = built_in_recipes()
+    if name in known:
+        return known[name]
+    path = pathlib.Path(name)
+    if path.is_file():
+        return path
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    raise RecipeError(f"recipe {name!r} is neither a file nor built in: {near_misses(name, known)}")
+
+
+def check_keys(values: Any, cls: type = Recipe, prefix: str = "") -> None:
+    """Raise RecipeError for a key the recipe does not have; the message names the closest one."""
+    if not isinstance(values, dict):
+        where = prefix.rstrip(".") or "the recipe"
+        raise RecipeError(f"{where}: expected keys and values, got {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in fields:
+            close = near_misses(str(key), fields)
+            raise RecipeError(f"unknown recipe key {prefix + str(key)!r}: {close}")
+        if dataclasses.is_dataclass(nested := section_type(fields[key])):
+            check_keys(value, nested, f"{prefix}{key}.")
+
+
+def section_type(entry: dataclasses.Field) -> Any:
+    """Return the dataclass of a nested section, or None for a plain value."""
+    return entry.default_factory if dataclasses.is_dataclass(entry.default_factory) else None
+
+
+def from_dict(values: dict[str, Any]) -> Recipe:
+    """Build a Recipe from nested keys, check every value, and return it; RecipeError otherwise."""
+    check_keys(values)
+    sections = {}
+    for entry in dataclasses.fields(Recipe):
+        if entry.name not in values:
+            continue
+        nested = section_type(entry)
+        value = values[entry.name]
+        sections[entry.name] = nested(**value) if nested else value
+    recipe = Recipe(**sections)
+    check_values(recipe)
+    return recipe
+
+
+def _demand(condition: bool, key: str, value: Any, wanted: str) -> None:
+    if not condition:
+        raise RecipeError(f"{key} must be {wanted}, got {value!r}")
+
+
+def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise RecipeError(
+            f"{key} must be one of {', '.join(known)}, got {value!r}: "
+            f"{near_misses(str(value), known, 1)}"
+        )
+
+
+def check_values(recipe: Recipe) -> None:
+    """Raise RecipeError for the first value that cannot be run, before any work starts."""
+    _check_data(recipe.data)
+    for name in ("train", "retrain"):
+        _check_training(name, getattr(recipe, name))
+    _check_pruning(recipe.prune)
+    for key in ("compress", "report"):
+        sizes = getattr(recipe, key).batch_sizes
+        _demand(bool(sizes) and min(sizes) >= 1, f"{key}.batch_sizes", sizes, "numbers from 1 on")
+    speedup = recipe.compress.min_speedup
+    _demand(speedup > 0, "compress.min_speedup", speedup, "above 0")
+    threads = recipe.threads
+    _demand(threads is None or threads >= 1, "threads", threads, "1 or more")
+    _demand(0 <= recipe.seed < 2**63, "seed", recipe.seed, "in [0, 2**63)")
+    check_device(recipe.device)
+
+
+def _check_data(data: DataRecipe) -> None:
+    _one_of("data.source", data.source, SOURCES)
+    if data.source != "digits":
+        _demand(bool(data.path), "data.path", data.path, f"given for data.source {data.source!r}")
+    _demand(data.validation >= 1, "data.validation", data.validation, "1 or more")
+    _demand(data.channels in (1, 3), "data.channels", data.channels, "1 or 3")
+    _demand(
+        len(data.size) in (0, 2) and all(n >= 1 for n in data.size),
+        "data.size",
+        data.size,
+        "empty or [height, width]",
+    )
+    _demand(len(data.mean) == len(data.std), "data.std", data.std, "as long as data.mean")
+    _demand(all(s > 0 for s in data.std), "data.std", data.std, "above 0")
+    _demand(data.limit is None or data.limit >= 1, "data.limit", data.limit, "1 or more")
+
+
+def _check_training(name: str, train: TrainRecipe) -> None:
+    _one_of(f"{name}.optimizer", train.optimizer, OPTIMIZERS)
+    _demand(train.epochs >= 1, f"{name}.epochs", train.epochs, "1 or more")
+    _demand(train.batch_size >= 1, f"{name}.batch_size", train.batch_size, "1 or more")
+    _demand(train.lr > 0 and math.isfinite(train.lr), f"{name}.lr", train.lr, "above 0")
+    _demand(train.weight_decay >= 0, f"{name}.weight_decay", train.weight_decay, "0 or more")
+    _demand(train.gamma > 0, f"{name}.gamma", train.gamma, "above 0")
+    _demand(0 <= train.momentum < 1, f"{name}.momentum", train.momentum, "in [0, 1)")
+
+
+def _check_pruning(prune: PruneRecipe) -> None:
+    if (prune.alpha is None) == (prune.sparsity is None) and prune.iterations:
+        raise RecipeError(
+            "prune: give either alpha or sparsity, "
+            f"got alpha={prune.alpha!r}, sparsity={prune.sparsity!r}"
+        )
+    shares = prune.alpha if isinstance(prune.alpha, dict) else {"": prune.alpha}
+    for kind, share in {**shares, "sparsity": prune.sparsity}.items():
+        key = "prune.sparsity" if kind == "sparsity" else f"prune.alpha.{kind}".rstrip(".")
+        if share is not None:
+            try:
+                check_fraction(key, share)
+            except TypeError as error:
+                raise RecipeError(str(error)) from None
+            except ValueError as error:
+                raise RecipeError(str(error)) from None
+    _demand(prune.iterations >= 0, "prune.iterations", prune.iterations, "0 or more")
+    _demand(prune.samples >= 1, "prune.samples", prune.samples, "1 or more")
+    _demand(prune.tolerance >= 0, "prune.tolerance", prune.tolerance, "0 or more")
+    _one_of("prune.rewind", prune.rewind, REWINDS)
+    _one_of("prune.keep", prune.keep, KEEPS)
+    _one_of("prune.scope", prune.scope, ("local", "global"))
+
+
+def check_device(name: str) -> torch.device:
+    """Return the torch.device of a name; RecipeError when it is unknown or not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"device must be cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RecipeError(f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
