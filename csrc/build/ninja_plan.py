@@ -72,7 +72,7 @@ class Plan:
 
     def __init__(self, build_dir: pathlib.Path, out_dir: pathlib.Path):
         self.build_dir, self.out_dir = build_dir, out_dir
-        self.lines: list[str] = ["ninja_required_version = 1.5"]
+        self.lines: list[str] = ["ninja_required_version = 1.5", f"builddir = {_quote(build_dir)}"]
         self.targets: list[str] = []
 
     def rule(self, name: str, command: str, depfile: bool = True) -> None:
