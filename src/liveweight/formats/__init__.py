@@ -1,0 +1,6 @@
+"""What a sparse weight is: frozen values with from_dense, to_dense and validate."""
+
+from liveweight.formats.kernelwise import Kernelwise
+from liveweight.formats.unstructured import Unstructured
+
+__all__ = ["Kernelwise", "Unstructured"]
