@@ -16,10 +16,19 @@
 // either side is NaN (as x86 does); relu keeps NaN.
 #pragma once
 
+#include <stddef.h>
+
 #include <cstdint>
 
 #if defined(__AVX2__)
+// GCC 12 takes the deliberately undefined registers of its own intrinsics for mistakes.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #define LW_INLINE static inline __attribute__((always_inline))
