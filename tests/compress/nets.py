@@ -1,4 +1,4 @@
-"""Small networks of every shape that shrinking and compressing meet, and ways to make them sparse."""
+"""Small networks of the shapes that shrinking and compressing meet; how to make them sparse."""
 
 from __future__ import annotations
 

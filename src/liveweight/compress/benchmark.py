@@ -110,7 +110,7 @@ def benchmark(
         raise ValueError(f"benchmark: threads must be at least 1, got {threads}")
     device = device_of(inputs)
     with torch_threads(threads), evaluating(*candidates.values()):
-        outputs = {name: _output(name, call, inputs) for name, call in candidates.items()}
+        outputs = {name: _output(call, inputs) for name, call in candidates.items()}
         calls = {name: _bind(call, inputs) for name, call in candidates.items()}
         timings = measure(calls, budget_s=budget_s, max_rounds=max_rounds, device=device)
         machine = machine_facts(device)
@@ -157,13 +157,9 @@ def _bind(call: Callable, inputs: ExampleInputs) -> Callable[[], object]:
     return lambda: call(*args, **kwargs)
 
 
-def _output(name: str, call: Callable, inputs: ExampleInputs) -> object:
-    try:
-        with torch.no_grad():
-            return detached(call(*inputs.args, **inputs.kwargs))
-    except Exception as error:
-        error.add_note(f"benchmark: raised by {name!r}") if hasattr(error, "add_note") else None
-        raise
+def _output(call: Callable, inputs: ExampleInputs) -> object:
+    with torch.no_grad():
+        return detached(call(*inputs.args, **inputs.kwargs))
 
 
 def _row(name: str, timings: Timings, outputs: dict[str, object]) -> BenchmarkRow:

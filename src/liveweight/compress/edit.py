@@ -13,7 +13,7 @@ _CONTAINERS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_s
 
 @contextlib.contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Give every module of the model its parameters, buffers, children and attributes back on error.
+    """Give every module its parameters, buffers, children and attributes back on an error.
 
     Tensors are not copied: inside the block they are to be replaced, never written into.
     """
@@ -83,7 +83,7 @@ def tied_parameters(model: nn.Module) -> set[int]:
 
 
 def why_not_plain(module: nn.Module, tied: set[int]) -> str:
-    """Say why a Linear, Conv2d or BatchNorm is not one whose tensors may be replaced; "" if it is."""
+    """Say why a Linear, Conv2d or BatchNorm must keep its tensors as they are; "" if it need not."""
     allowed = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d)
     if type(module) not in allowed:
         return f"{type(module).__name__} is not supported"

@@ -169,7 +169,7 @@ class CompressReport(Report):
         lines = [format_table(headers, rows)]
         if self.speedup is not None:
             lines.append(
-                f"whole model: {self.dense_us:.1f} us dense, {self.compressed_us:.1f} us compressed, "
-                f"{self.speedup:.2f}x ({self.threads} threads, {self.device})"
+                f"whole model: {self.dense_us:.1f} us dense, {self.compressed_us:.1f} us "
+                f"compressed, {self.speedup:.2f}x ({self.threads} threads, {self.device})"
             )
         return "\n".join(lines + self.notes)
