@@ -248,6 +248,8 @@ def test_residual_blocks():
     assert layers["layer1.0.conv1"].safe and layers["layer1.0.conv1"].norm == "layer1.0.bn1"
     assert "residual add" in layers["layer1.0.conv2"].why_unsafe
     assert "residual add" in layers["conv1"].why_unsafe
+    assert layers["conv1"].feeds == ("layer1.0",) and not layers["conv1"].closed
+    assert layers["layer1.0.conv2"].feeds == ()
 
 
 def test_a_bare_identity_shortcut_has_no_module():

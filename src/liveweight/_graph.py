@@ -35,6 +35,8 @@ class Layer:
     followers        weight layers that read the channels
     is_output        the channels reach the model's output
     closed           followers and is_output together are all the consumers
+    feeds            residual blocks whose shortcut takes the channels; () unless these blocks and
+                     the followers are all the consumers
     safe             a unit that is zero may be cut out of this layer and of its followers
     why_unsafe       the reason where safe is False
     """
@@ -51,6 +53,7 @@ class Layer:
     followers: tuple[Follower, ...] = ()
     is_output: bool = False
     closed: bool = True
+    feeds: tuple[str, ...] = ()
     why_unsafe: str = ""
 
     @property
@@ -95,7 +98,7 @@ def _describe_chain(flow: Flow, layer: Layer, node: fx.Node) -> fx.Node:
     return after_norm
 
 
-def _find_layer(flow: Flow, node: fx.Node) -> Layer:
+def _find_layer(flow: Flow, node: fx.Node, feeds: Callable) -> Layer:
     module = flow.module(node)
     kind = "linear" if isinstance(module, nn.Linear) else "conv"
     layer = Layer(str(node.target), module, kind)
@@ -105,10 +108,11 @@ def _find_layer(flow: Flow, node: fx.Node) -> Layer:
     layer.is_output = found.is_output
     layer.zero_preserving = found.zero_preserving
     layer.closed = not found.stops
+    layer.feeds = () if found.is_output else feeds(found.stops) or ()
     if kind == "linear" and any(f.fan != 1 for f in layer.followers):
         layer.closed = False
         found.notes.append("a flatten joins several positions of a Linear's output")
-    reasons = [reason for _, reason in found.stops] + found.notes
+    reasons = [reason for *_, reason in found.stops] + found.notes
     if found.is_output:
         reasons.append("its channels reach the model's output")
     if not found.followers and not reasons:
@@ -127,16 +131,16 @@ def trace(model: nn.Module) -> Graph:
     """
     flow = Flow(model)
     graph = Graph()
+    graph.residual_blocks, feeds = find_blocks(flow)
     for node in flow.nodes:
         if not flow.is_weight(node):
             continue
         if flow.called_once(node):
-            graph.layers[str(node.target)] = _find_layer(flow, node)
+            graph.layers[str(node.target)] = _find_layer(flow, node, feeds)
         else:
             graph.skipped[str(node.target)] = "called more than once"
     used = {id(flow.module(n)) for n in flow.nodes if n.op == "call_module"}
     for name, module in flow.modules.items():
         if isinstance(module, (nn.Linear, nn.Conv2d)) and id(module) not in used:
             graph.skipped[name] = "never called"
-    graph.residual_blocks = find_blocks(flow)
     return graph

@@ -85,12 +85,12 @@ class Flow:
 
 @dataclass
 class Reach:
-    """Where a node's channels arrive. `stops` are (node, reason) pairs that end the walk."""
+    """Where a node's channels arrive. `stops` end the walk: (node, the node before it, reason)."""
 
     followers: list[Follower] = field(default_factory=list)
     is_output: bool = False
     zero_preserving: bool = True
-    stops: list[tuple[fx.Node, str]] = field(default_factory=list)
+    stops: list[tuple[fx.Node, fx.Node, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -109,9 +109,9 @@ def reach(flow: Flow, start: fx.Node, channels: int, flat: bool) -> Reach:
         elif known.is_size_query(node):
             continue
         elif flow.is_weight(node):
-            _arrive(flow, node, channels, is_flat, found)
+            _arrive(flow, node, source, channels, is_flat, found)
         elif (step := known.channel_step(node, source, module, channels, is_flat)) is None:
-            found.stops.append((node, known.describe(node, module)))
+            found.stops.append((node, source, known.describe(node, module)))
         else:
             found.zero_preserving &= step.zero_preserving
             found.notes += [step.note] if step.note else []
@@ -119,19 +119,21 @@ def reach(flow: Flow, start: fx.Node, channels: int, flat: bool) -> Reach:
     return found
 
 
-def _arrive(flow: Flow, node: fx.Node, channels: int, flat: bool, found: Reach) -> None:
+def _arrive(
+    flow: Flow, node: fx.Node, source: fx.Node, channels: int, flat: bool, found: Reach
+) -> None:
     module = flow.module(node)
     name = str(node.target)
     if not flow.called_once(node):
-        found.stops.append((node, f"{name} reads it and is called more than once"))
+        found.stops.append((node, source, f"{name} reads it and is called more than once"))
     elif isinstance(module, nn.Conv2d):
         if flat or module.in_channels != channels:
-            found.stops.append((node, f"{name} reads it in another shape"))
+            found.stops.append((node, source, f"{name} reads it in another shape"))
             return
         if module.groups != 1:
             found.notes.append(f"{name} is a grouped convolution")
         found.followers.append(Follower(name, 1))
     elif not flat or module.in_features % channels:
-        found.stops.append((node, f"{name} reads it in another shape"))
+        found.stops.append((node, source, f"{name} reads it in another shape"))
     else:
         found.followers.append(Follower(name, module.in_features // channels))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
@@ -127,7 +128,22 @@ def _shortcut_module(flow: Flow, owner: str, branch: _Branch, end: fx.Node) -> s
     return found
 
 
-def _read_block(flow: Flow, add: fx.Node) -> tuple[ResidualBlock, _Branch, list[fx.Node]] | None:
+@dataclass
+class _Read:
+    """A block as read from the trace: its add, its branch, and its shortcut from end to source."""
+
+    block: ResidualBlock
+    add: fx.Node
+    branch: _Branch
+    shortcut: list[fx.Node]
+
+    def takes(self, stop: fx.Node, before: fx.Node) -> bool:
+        """True where a walk that ended at stop, coming from before, ended in this shortcut."""
+        last = self.shortcut[0] if self.shortcut else self.branch.source
+        return stop in self.shortcut or (stop is self.add and before is last)
+
+
+def _read_block(flow: Flow, add: fx.Node) -> _Read | None:
     ends = [a for a in add.args[:2] if isinstance(a, fx.Node)]
     if len(ends) != 2 or len(add.args) > 2 or add.kwargs:
         return None
@@ -147,29 +163,34 @@ def _read_block(flow: Flow, add: fx.Node) -> tuple[ResidualBlock, _Branch, list[
             shortcut_kind=kind,
             **extra,
         )
-        return block, branch, chain
+        return _Read(block, add, branch, chain)
     return None
 
 
-def find_blocks(flow: Flow) -> tuple[ResidualBlock, ...]:
-    """Return the residual blocks in execution order."""
-    read = [(node, found) for node in flow.nodes if known.is_add(node)
-            if (found := _read_block(flow, node)) is not None]  # fmt: skip
+def find_blocks(flow: Flow) -> tuple[tuple[ResidualBlock, ...], Callable]:
+    """Return the residual blocks in execution order, and a function that explains stops.
+
+    feeds(stops) names the blocks whose shortcuts the walk ended in; None where it ended elsewhere.
+    """
+    adds = [node for node in flow.nodes if known.is_add(node)]
+    read = [found for add in adds if (found := _read_block(flow, add)) is not None]
+
+    def feeds(stops: list) -> tuple[str, ...] | None:
+        names = []
+        for stop, before, _ in stops:
+            fed = [r.block.name for r in read if r.takes(stop, before)]
+            if not fed:
+                return None
+            names += fed
+        return tuple(dict.fromkeys(names))
+
     blocks = []
-    for add, (block, branch, _) in read:
-        channels = flow.module(branch.convs[-1]).out_channels
-        found = reach(flow, add, channels, flat=False)
-        feeds, closed = [], not found.is_output and not found.notes
-        for stop, _ in found.stops:
-            fed = [b.name for a, (b, _, chain) in read if stop is a or stop in chain]
-            feeds += fed
-            closed &= bool(fed)
+    for r in read:
+        channels = flow.module(r.branch.convs[-1]).out_channels
+        found = reach(flow, r.add, channels, flat=False)
+        fed = feeds(found.stops)
+        closed = fed is not None and not found.is_output
         blocks.append(
-            replace(
-                block,
-                consumers=tuple(found.followers),
-                feeds=tuple(dict.fromkeys(feeds)),
-                closed=closed,
-            )
+            replace(r.block, consumers=tuple(found.followers), feeds=fed or (), closed=closed)
         )
-    return tuple(blocks)
+    return tuple(blocks), feeds
