@@ -1,0 +1,241 @@
+"""Convolution whose weight lacks whole 2-D kernels: y = pool(act(conv2d(x, W) + b))."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from liveweight import _library, reference
+from liveweight.formats import Kernelwise
+from liveweight.ops.unstructured_linear import check_activation
+
+Pair = tuple[int, int]
+_NAME = "kernelwise_conv2d"
+_aten = torch.ops.aten
+
+
+def kernelwise_conv2d(
+    x: Tensor,
+    weight: Kernelwise,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+    activation: str | None = None,
+    pool: int = 1,
+) -> Tensor:
+    """Apply a weight-sparse convolution: y = pool(act(conv2d(x, W) + b)).
+
+    x           [B, C, H, W] or [C, H, W] float32 (other dtypes, and devices without a kernel:
+                plain PyTorch)
+    weight      (Cout, C / groups, kh, kw), values like x
+    bias        [Cout] like x, or None
+    activation  None or "relu"
+    pool        p x p max pool of stride p after the activation, ragged edges dropped; 1: none
+    returns     [B, Cout, H', W'] or [Cout, H', W'] like x
+
+    Differentiable once, in x, the values and the bias. The index values of weight are not checked
+    here: Kernelwise.from_dense and Kernelwise.validate vouch for them.
+    Raises ValueError (shapes, sizes, names) and TypeError (types, dtypes).
+    """
+    if not isinstance(weight, Kernelwise):
+        raise TypeError(f"{_NAME}: weight must be formats.Kernelwise, got {type(weight).__name__}")
+    parts = (weight.values, weight.filter_offsets, weight.channels)
+    sizes = (
+        make_pair("stride", stride, 1),
+        make_pair("padding", padding, 0),
+        make_pair("dilation", dilation, 1),
+    )
+    relu = check_activation(activation)
+    check_pool(pool)
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"{_NAME}: {weight.shape[0]} filters do not form groups={groups}")
+    return apply_kernelwise(x, *parts, weight.shape[1] * groups, bias, *sizes, groups, relu, pool)
+
+
+def make_pair(name: str, value: int | Pair, least: int) -> Pair:
+    """Return value as (height, width); raise unless it is one or two whole numbers >= least."""
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
+        raise ValueError(f"{_NAME}: {name} must be a whole number or two, got {value!r}")
+    if min(pair) < least:
+        raise ValueError(f"{_NAME}: {name} must be >= {least}, got {value!r}")
+    return pair
+
+
+def check_pool(pool: int) -> int:
+    """Return pool if it is a whole number >= 1; raise ValueError otherwise."""
+    if not isinstance(pool, int) or pool < 1:
+        raise ValueError(f"{_NAME}: pool must be a whole number >= 1, got {pool!r}")
+    return pool
+
+
+def apply_kernelwise(
+    x: Tensor,
+    values: Tensor,
+    filter_offsets: Tensor,
+    channels: Tensor,
+    in_channels: int,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    relu: bool,
+    pool: int,
+) -> Tensor:
+    """Check the operands, add a batch of one where needed and run the op; weight comes unpacked."""
+    if x.dim() == 3:
+        batch = x[None]
+        rest = (in_channels, bias, stride, padding, dilation, groups, relu, pool)
+        return apply_kernelwise(batch, values, filter_offsets, channels, *rest)[0]
+    x = _check(x, values, filter_offsets, in_channels, bias)
+    _check_size(x, values, stride, padding, dilation, pool)
+    if not x.is_contiguous():
+        x = x.contiguous()
+    settings = (stride, padding, dilation, groups, relu, pool)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _KernelwiseConv2d.apply(x, values, filter_offsets, channels, bias, *settings)
+    return _forward(x, values, filter_offsets, channels, bias, *settings)
+
+
+def _check(
+    x: Tensor, values: Tensor, filter_offsets: Tensor, in_channels: int, bias: Tensor | None
+) -> Tensor:
+    """Return x, cast under autocast as nn.Conv2d does; raise where operands do not fit."""
+    if x.dim() != 4 or x.shape[1] != in_channels:
+        got = tuple(x.shape)
+        raise ValueError(f"{_NAME}: expected x [B, {in_channels}, H, W] or one sample, got {got}")
+    if x.dtype is not values.dtype:
+        if not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+            raise TypeError(f"{_NAME}: expected x {_dtype(values)} like values, got {_dtype(x)}")
+        x = x.to(values.dtype)
+    if bias is not None:
+        if bias.shape[0] != filter_offsets.shape[0] - 1 or bias.dim() != 1:
+            wanted = filter_offsets.shape[0] - 1
+            raise ValueError(f"{_NAME}: expected bias [{wanted}], got {tuple(bias.shape)}")
+        if bias.dtype is not values.dtype:
+            raise TypeError(f"{_NAME}: expected bias {_dtype(values)}, got {_dtype(bias)}")
+    return x
+
+
+def _check_size(
+    x: Tensor, values: Tensor, stride: Pair, padding: Pair, dilation: Pair, pool: int
+) -> None:
+    """Raise unless the output has at least one row and column."""
+    size, kernel = x.shape[2:], values.shape[1:]
+    height, width = reference.conv2d_size(size, kernel, stride, padding, dilation)
+    if height < pool or width < pool:
+        raise ValueError(
+            f"{_NAME}: x of {tuple(size)} is too small for kernel {tuple(kernel)}, "
+            f"stride {stride}, padding {padding}, dilation {dilation}, pool {pool}: "
+            f"the convolution gives {(height, width)}"
+        )
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _select(op, plain, x: Tensor):
+    """Return the op, or its reference where the op's CPU kernel does not know the dtype."""
+    return plain if x.is_cpu and x.dtype is not torch.float32 else op
+
+
+def _forward(x, *rest) -> Tensor:
+    return _select(_op, reference.kernelwise_conv2d, x)(x, *rest)
+
+
+def _through_epilogue(grad: Tensor, before: Tensor, relu: bool, pool: int) -> Tensor:
+    """Return the gradient before pool(act(.)), given `before`, the values there."""
+    active = before.relu() if relu else before
+    if pool > 1:
+        size, none, one = [pool, pool], [0, 0], [1, 1]
+        _, chosen = _aten.max_pool2d_with_indices(active, size, size, none, one, False)
+        grad = _aten.max_pool2d_with_indices_backward(
+            grad, active, size, size, none, one, False, chosen
+        )
+    return _aten.threshold_backward(grad, active, 0) if relu else grad
+
+
+class _KernelwiseConv2d(torch.autograd.Function):
+    """Gradients of the fused op; where a pool is fused, the values before it are computed again."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x,
+        values,
+        filter_offsets,
+        channels,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        relu,
+        pool,
+    ):
+        settings = (stride, padding, dilation, groups)
+        y = _forward(x, values, filter_offsets, channels, bias, *settings, relu, pool)
+        kept_output = y if relu and pool == 1 else None
+        ctx.save_for_backward(x, values, filter_offsets, channels, bias, kept_output)
+        ctx.settings, ctx.epilogue = settings, (relu, pool)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, values, filter_offsets, channels, bias, y = ctx.saved_tensors
+        relu, pool = ctx.epilogue
+        index, settings = (filter_offsets, channels), ctx.settings
+        if pool > 1:
+            before = _forward(x, values, *index, bias, *settings, False, 1)
+            grad = _through_epilogue(grad, before, relu, pool)
+        elif relu:
+            grad = _aten.threshold_backward(grad, y, 0)
+        grad = grad.contiguous()
+        grad_x = grad_values = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            run = _select(_op_x, reference.kernelwise_conv2d_grad_x, x)
+            grad_x = run(grad, values, *index, x.shape, *settings)
+        if ctx.needs_input_grad[1]:
+            run = _select(_op_values, reference.kernelwise_conv2d_grad_values, x)
+            grad_values = run(grad, x, *index, values.shape[1:], *settings)
+        if ctx.needs_input_grad[4]:
+            grad_bias = grad.sum((0, 2, 3))
+        return grad_x, grad_values, None, None, grad_bias, None, None, None, None, None, None
+
+
+def _fake(x, values, filter_offsets, channels, bias, stride, padding, dilation, groups, relu, pool):
+    size, kernel = x.shape[2:], values.shape[1:]
+    height, width = reference.conv2d_size(size, kernel, stride, padding, dilation)
+    filters = filter_offsets.shape[0] - 1
+    return x.new_empty(x.shape[0], filters, height // pool, width // pool)
+
+
+def _fake_grad_x(
+    grad, values, filter_offsets, channels, x_shape, stride, padding, dilation, groups
+):
+    return grad.new_empty(tuple(x_shape))
+
+
+def _fake_grad_values(
+    grad, x, filter_offsets, channels, kernel_size, stride, padding, dilation, groups
+):
+    return x.new_empty(channels.shape[0], *kernel_size)
+
+
+_library.register(_NAME, reference.kernelwise_conv2d, _fake)
+_library.register(f"{_NAME}_grad_x", reference.kernelwise_conv2d_grad_x, _fake_grad_x)
+_library.register(
+    f"{_NAME}_grad_values", reference.kernelwise_conv2d_grad_values, _fake_grad_values
+)
+_op = torch.ops.liveweight.kernelwise_conv2d.default
+_op_x = torch.ops.liveweight.kernelwise_conv2d_grad_x.default
+_op_values = torch.ops.liveweight.kernelwise_conv2d_grad_values.default
