@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import zipfile
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -152,12 +153,12 @@ def _read_archive(path: pathlib.Path) -> Arrays:
     """Read {train,validation,test}_{images,labels} or _{x,y}; validation may be missing."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: not an .npz archive")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
-                raise ValueError("one array, not an .npz archive")
             stored = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: not a readable .npz archive ({error})") from error
     arrays = {}
     for split in SPLITS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import typing
 
 import jsonargparse
@@ -122,3 +123,13 @@ def parse_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
         raise UsageError(" ".join(str(error).split())) from None
     parsed.pop("config", None)
     return from_dict(parsed.as_dict())
+
+
+def run_path(name: str, recipe: Recipe) -> pathlib.Path:
+    """Return the run folder: the one named or resumed, else runs/ and the recipe's name."""
+    if recipe.out is not None:
+        return pathlib.Path(recipe.out)
+    path = find_recipe(name)
+    if path.name == "recipe.yaml":
+        return path.parent
+    return pathlib.Path("runs") / path.stem

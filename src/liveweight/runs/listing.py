@@ -1,0 +1,74 @@
+"""What `liveweight list` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from liveweight import _library, prune
+from liveweight.runs.models import MODELS, build_model
+from liveweight.runs.recipe import built_in_recipes
+
+_FORMATS = (
+    ("unstructured", "Linear", "single weights are missing; rows of values and columns (CSR)"),
+    ("kernelwise", "Conv2d", "whole 2-D kernels weight[o, i] are missing; direct convolution"),
+    ("dense", "any", "the module as it was; always a candidate of compress_"),
+)
+
+
+def columns(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return aligned plain text."""
+    lines = [list(headers), *[list(row) for row in rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
+    pairs = [zip(line, widths, strict=True) for line in lines]
+    return "\n".join("  ".join(v.ljust(w) for v, w in pair).rstrip() for pair in pairs)
+
+
+def recipes() -> str:
+    rows = []
+    for name, path in built_in_recipes().items():
+        comment = [s[1:].strip() for s in path.read_text().splitlines() if s.startswith("#")]
+        rows.append((name, " ".join(comment).split(". ")[0].rstrip(".:")))
+    return columns(("recipe", "what it does"), rows)
+
+
+def importances() -> str:
+    rows = []
+    for name, factory in prune.importances.items():
+        facts = [getattr(factory, key, None) for key in ("source", "needs", "granularities")]
+        rows.append((name, *[_phrase(fact) for fact in facts]))
+    return columns(("importance", "source", "needs", "granularities"), rows)
+
+
+def _phrase(fact: object) -> str:
+    if fact is None:
+        return "-"
+    if isinstance(fact, str):
+        return fact
+    return ", ".join(sorted(map(str, fact))) or "nothing"
+
+
+def formats() -> str:
+    return columns(("format", "layers", "what is stored"), _FORMATS)
+
+
+def models() -> str:
+    rows = []
+    for name, factory in MODELS.items():
+        size = sum(p.numel() for p in build_model(name).parameters())
+        rows.append((name, f"{size:,}", (factory.__doc__ or "").partition("\n")[0]))
+    rows.append(("package.module:factory", "", "any callable that returns an nn.Module"))
+    return columns(("model", "weights", "what it is"), rows)
+
+
+def ops() -> str:
+    table = _library.backends()
+    return columns(("op", "cpu", "cuda"), [(op, d["cpu"], d["cuda"]) for op, d in table.items()])
+
+
+LISTS: dict[str, Callable[[], str]] = {
+    "recipes": recipes,
+    "importances": importances,
+    "formats": formats,
+    "models": models,
+    "ops": ops,
+}

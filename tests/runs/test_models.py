@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from liveweight.runs.models import build_model
+
+
+@pytest.mark.parametrize(("name", "weights"), [("lenet300", 266_610), ("lenet5", 431_080)])
+def test_built_in_models_have_the_published_sizes(name, weights):
+    model = build_model(name, seed=0)
+    assert sum(p.numel() for p in model.parameters()) == weights
+    assert model(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_first_weights_are_kaiming_normal_and_biases_zero():
+    layer = build_model("lenet5", seed=0).classifier[1]
+    expected = math.sqrt(2 / layer.in_features)
+    assert layer.weight.std().item() == pytest.approx(expected, rel=0.02)
+    assert layer.bias.eq(0).all()
+
+
+def test_a_seed_gives_the_same_weights():
+    first, second = (build_model("lenet300", seed=4).state_dict() for _ in range(2))
+    other = build_model("lenet300", seed=5).state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not torch.equal(first["classifier.1.weight"], other["classifier.1.weight"])
+
+
+def test_arguments_reach_the_factory():
+    model = build_model("lenet5", {"channels": 3, "size": 32, "classes": 7})
+    assert model(torch.rand(1, 3, 32, 32)).shape == (1, 7)
+    model = build_model("torch.nn:Linear", {"in_features": 3, "out_features": 2})
+    assert isinstance(model, nn.Linear)
+    assert isinstance(build_model("torch.nn.Identity"), nn.Identity)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("lenet", {}, "not built in.*'lenet5'"),
+        ("no_such_package:Net", {}, "cannot import 'no_such_package'"),
+        ("torch.nn:Linaer", {}, "no callable 'Linaer'.*'Linear'"),
+        ("lenet5", {"clases": 3}, "clases"),
+        ("lenet5", {"size": 9}, "size must be at least 16, got 9"),
+    ],
+)
+def test_models_that_cannot_be_built(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(name, arguments)
+
+
+def test_a_factory_that_gives_no_module():
+    with pytest.raises(TypeError, match="gave a int, expected an nn.Module"):
+        build_model("builtins:int")
