@@ -1,9 +1,9 @@
 // y = act(x W^T + b) for W in compressed sparse rows, and its gradients.
 //
 // Batches are turned into panels (panels.h), so that one kept weight is one broadcast and a few
-// multiply-adds. Wide inputs are cut into tiles of columns: all rows of a block use one tile of the
-// panel, which stays in the first-level cache, before they go on to the next. A single sample has no
-// lanes to share: there the input is gathered. The order of a sum never depends on threads.
+// multiply-adds. A panel beyond the second-level cache is cut into tiles of columns: all rows of a
+// block use one tile before they go on to the next. A single sample has no lanes to share: there the
+// input is gathered. The order of a sum never depends on threads.
 #include "dispatch.h"
 #include "panels.h"
 
@@ -120,6 +120,11 @@ void rows_of_panel(const float* panel, int count, SparseRows w, int64_t K, int64
           const int32_t stop = skip_below(w.columns, at[r], w.offsets[n0 + r + 1], int32_t(k + tile));
           add_entries<kWidth>(panel, w, at[r], stop, k > 0, sums + r * kWidth);
           at[r] = stop;
+          // The next tile comes back here after all rows of the block: too far for the hardware.
+          for (int line = 0; line <= 16; line += 16) {
+            prefetch(w.values + stop + line);
+            prefetch(w.columns + stop + line);
+          }
         }
       }
     }
@@ -218,10 +223,10 @@ Pattern check_pattern(const char* op, const Tensor& values, const Tensor& offset
   return p;
 }
 
-// Columns of the panel that rows use together. About 24 entries of a row per tile keep the loop
-// busy; a panel that fits the second-level cache beside the weights needs no tiles when rows are thin.
+// Columns of the panel that rows use together: all while the panel fits the second-level cache
+// (Zen 4: 1 MB), else so many that a row has about 24 entries in a tile to keep the loop busy.
 int64_t pick_tile(int64_t K, const Pattern& w, int width) {
-  if (K * width * int64_t(sizeof(float)) <= 128 * 1024 || w.kept == 0) return K;
+  if (K * width * int64_t(sizeof(float)) <= 512 * 1024 || w.kept == 0) return K;
   const double density = double(w.kept) / (double(w.count) * double(K));
   const int64_t tile = int64_t(24.0 / density) / 32 * 32;
   return std::clamp<int64_t>(tile, 96, K);
