@@ -129,6 +129,8 @@ class Plan:
         sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
         archs = os.environ.get("LIVEWEIGHT_CUDA_ARCHS", "80;90a").split(";")
         gencode = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
+        if archs[0].isdigit():  # PTX, from which a driver compiles for GPUs newer than the list
+            gencode += f" -gencode=arch=compute_{archs[0]},code=compute_{archs[0]}"
         flags = (
             f"-std=c++20 -O3 -lineinfo --expt-relaxed-constexpr -Xcompiler=-fPIC,"
             f"-fvisibility=hidden -DUSE_CUDA {ABI} {gencode}"
