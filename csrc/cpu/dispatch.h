@@ -4,15 +4,17 @@
 // To add an op, write csrc/cpu/<op>.cpp:
 //   #include "dispatch.h"
 //   #include "simd.h"
-//   LW_DECLARE(void my_kernel(const float* x, float* y, int64_t n))     // for all instruction sets
+//   LW_DECLARE(void my_kernel(const float* x, float* y, int64_t n))   // for all instruction sets
 //   namespace liveweight::LW_ISA { void my_kernel(const float* x, ...) { ... Vec ... } }
 //   #ifdef LW_BASE
-//   namespace liveweight { namespace { Tensor my_op(const Tensor& x) { LW_CHECK(...);
-//     auto kernel = LW_SELECT(my_kernel);  parallel_for(n, 1, [&](int64_t b, int64_t e) {...}); } } }
-//   STABLE_TORCH_LIBRARY_IMPL(liveweight, CPU, m) { m.impl("my_op", TORCH_BOX(&liveweight::my_op)); }
+//   namespace liveweight { namespace { Tensor my_op(Tensor x) { LW_CHECK(...);
+//     const auto kernel = LW_SELECT(my_kernel);
+//     parallel_for(n, 1, [&](int64_t begin, int64_t end) { kernel(...); }); } } }
+//   STABLE_TORCH_LIBRARY_IMPL(liveweight, CPU, m) {
+//     m.impl("my_op", TORCH_BOX(&liveweight::my_op)); }
 //   #endif
-// The schema goes into _library.py. Kernels see raw pointers and call nothing from std: an inline std
-// template compiled here with AVX-512 flags could be linked into the code for older CPUs.
+// The schema goes into _library.py. Kernels see raw pointers and call nothing from std: an inline
+// std template compiled here with AVX-512 flags could be linked into the code for older CPUs.
 #pragma once
 
 #include <cstddef>
@@ -86,7 +88,8 @@ inline std::string shape_of(const Tensor& t) {
 
 // Throws unless t is a contiguous CPU tensor of this dtype and rank; returns its data.
 template <class T>
-const T* checked_data(const char* op, const char* name, const Tensor& t, int64_t dim, ScalarType type) {
+const T* checked_data(const char* op, const char* name, const Tensor& t, int64_t dim,
+                      ScalarType type) {
   LW_CHECK(t.is_cpu(), op, ": expected ", name, " on the CPU");
   LW_CHECK(t.dim() == dim, op, ": expected ", dim, "-D ", name, ", got shape ", shape_of(t));
   LW_CHECK(t.scalar_type() == type, op, ": ", name, " has the wrong dtype: expected ",

@@ -1,19 +1,19 @@
 // fp32 vectors in three widths behind one set of names.
 //
-// Vec holds kLanes floats: 16 with AVX-512, 8 with AVX2, 4 elsewhere (compiler vectors: SSE2, NEON).
+// Vec holds kLanes floats: 16 with AVX-512, 8 with AVX2, 4 elsewhere (compiler vectors).
 // Everything lives in liveweight::LW_ISA and is force-inlined, so that no copy compiled for one
 // instruction set can be picked by the linker for another. Include no std templates beside it.
 //
-//   zero() broadcast(s)              load(p) load_first(p, n)         store(p, v) store_first(p, v, n)
-//   first(n) mask_from_bits(b)       load(p, mask)  store(p, v, mask) bits(mask)
+//   zero() broadcast(s)            load(p) load_first(p, n)     store(p, v) store_first(p, v, n)
+//   first(n) mask_from_bits(b)     load(p, mask)                store(p, v, mask)  bits(mask)
 //   + - * fma(a, b, c) = a * b + c   max(a, b) min(a, b) abs(v) relu(v)
 //   greater(a, b) select(mask, a, b) count_greater(count, v, limit) = count + (v > limit)
-//   gather(base, index) gather(base, index, n)     expand_load(p, bits)
-//   reduce_add(v) reduce_max(v)      popcount(bits) prefetch(p)
+//   gather(base, index) gather(base, index, n)    expand_load(p, bits)
+//   reduce_add(v) reduce_max(v)    popcount(bits) prefetch(p)
 //
-// load and load_first also take Bf16 and Half and widen to fp32. Where n lanes are asked for, n is in
-// [0, kLanes], no byte past them is touched and the other lanes are 0. max and min return b when
-// either side is NaN (as x86 does); relu keeps NaN.
+// load and load_first also take Bf16 and Half and widen to fp32. Where n lanes are asked for, n is
+// in [0, kLanes], no byte past them is touched and the other lanes are 0. max and min return b
+// when either side is NaN (as x86 does); relu keeps NaN.
 #pragma once
 
 #include <stddef.h>

@@ -69,7 +69,8 @@ LW_INLINE Vec count_greater(Vec count, Vec v, Vec limit) {
 }
 
 LW_INLINE Vec gather(const float* base, const int32_t* index) {
-  return {_mm256_i32gather_ps(base, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), 4)};
+  const __m256i at = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
+  return {_mm256_i32gather_ps(base, at, 4)};
 }
 LW_INLINE Vec gather(const float* base, const int32_t* index, int n) {
   const __m256i m = first(n).m;

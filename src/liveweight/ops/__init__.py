@@ -1,6 +1,14 @@
 """The ops: one file each with the public function, its checks, shape function and gradients."""
 
+from liveweight.ops.activity_stats import activity_stats_, new_activity_stats
 from liveweight.ops.kernelwise_conv2d import kernelwise_conv2d
+from liveweight.ops.mass_mask import mass_mask
 from liveweight.ops.unstructured_linear import unstructured_linear
 
-__all__ = ["kernelwise_conv2d", "unstructured_linear"]
+__all__ = [
+    "activity_stats_",
+    "kernelwise_conv2d",
+    "mass_mask",
+    "new_activity_stats",
+    "unstructured_linear",
+]
