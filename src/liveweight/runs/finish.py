@@ -76,12 +76,15 @@ def finish(run: PruningRun) -> None:
 
     say("measure latency")
     inputs = example_inputs(run, recipe.report.batch_sizes)
-    latency, latency_notes = measure_latency(dense, fast, inputs, recipe.report.torch_compile)
+    others = {} if fast.shrink_report is None else {"shrunk, dense kernels": fast.shrunk}
+    others["compressed"] = fast.model
+    latency, latency_notes = measure_latency(dense, others, inputs, recipe.report.torch_compile)
     notes += fast.notes + latency_notes
     validation = evaluate(fast.model, run.data.validation)[0]
     result = {
         "machine": machine_facts(run),
         "data": {name: len(getattr(run.data, name)) for name in ("train", "validation", "test")},
+        "input_shape": list(run.data.validation.inputs.shape[1:]),
         "iterates": rows,
         "chosen": chosen,
         "reason": reason,

@@ -34,17 +34,21 @@ def recipes() -> str:
 def importances() -> str:
     rows = []
     for name, factory in prune.importances.items():
-        facts = [getattr(factory, key, None) for key in ("source", "needs", "granularities")]
-        rows.append((name, *[_phrase(fact) for fact in facts]))
-    return columns(("importance", "source", "needs", "granularities"), rows)
+        importance = factory()
+        default = "; ".join(
+            f"{importance.default_granularity(kind)} ({kind})" for kind in ("conv", "linear")
+        )
+        needs = [n for n in ("data", "labels", "gradients") if getattr(factory, f"needs_{n}", 0)]
+        rows.append((name, ", ".join(needs) or "nothing", default, _source(importance)))
+    return columns(("importance", "needs", "granularity by default", "what it is"), rows)
 
 
-def _phrase(fact: object) -> str:
-    if fact is None:
-        return "-"
-    if isinstance(fact, str):
-        return fact
-    return ", ".join(sorted(map(str, fact))) or "nothing"
+def _source(importance: object) -> str:
+    """Return the first sentence of the docstring and the source it names."""
+    text = " ".join((type(importance).__doc__ or "").split())
+    first = text.partition(". ")[0].rstrip(".")
+    _, found, source = text.partition("Source: ")
+    return f"{first} ({source.partition('. ')[0].rstrip('.')})" if found else first
 
 
 def formats() -> str:

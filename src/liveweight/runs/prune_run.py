@@ -7,9 +7,7 @@ not looked at here: it is opened in finish.py, after the model to keep has been 
 from __future__ import annotations
 
 import copy
-import math
 import pathlib
-import time
 from collections.abc import Callable
 
 import torch
@@ -17,20 +15,13 @@ from torch import Tensor, nn
 
 from liveweight import prune
 from liveweight._check import near_misses
-from liveweight.runs.count import count_weights
 from liveweight.runs.data import Dataset, load_data
 from liveweight.runs.folder import RunFolder
 from liveweight.runs.models import build_model
+from liveweight.runs.phase import Phase, set_state_
 from liveweight.runs.progress import Reporter
 from liveweight.runs.recipe import PruneRecipe, Recipe, RecipeError, check_device
-from liveweight.runs.train import (
-    batches,
-    evaluate,
-    make_optimizer,
-    make_scheduler,
-    order_seed,
-    train_epoch,
-)
+from liveweight.runs.train import batches
 
 SCORING_BATCH = 250
 
@@ -127,7 +118,7 @@ class PruningRun:
             title += f"/{self.recipe.prune.iterations}"
         recipe = self.recipe.retrain if iteration else self.recipe.train
         with self.reporter.phase(title, recipe.epochs, state["epoch"] if state else 0):
-            phase = _Phase(self, iteration, recipe, state)
+            phase = Phase(self, iteration, recipe, state)
             while phase.epoch < recipe.epochs:
                 phase.run_epoch()
                 self.on_epoch(iteration, phase.epoch)
@@ -156,131 +147,6 @@ class PruningRun:
         return report.to_json()
 
 
-class _Phase:
-    """One phase of training, taken up from its last whole epoch."""
-
-    def __init__(self, run: PruningRun, iteration: int, recipe, state: dict | None) -> None:
-        self.run, self.iteration, self.recipe = run, iteration, recipe
-        torch.manual_seed(order_seed(run.recipe.seed, iteration, 0))
-        if state is None:
-            self._start()
-        else:
-            self.model = run.build()
-            set_state_(self.model, state["model"])
-        self.optimizer = make_optimizer(self.model, recipe)
-        self.scheduler = make_scheduler(self.optimizer, recipe)
-        if iteration:
-            prune.keep_masks(self.model, self.optimizer)
-        if state is None:
-            self.epoch, self.best, self.seconds = 0, None, 0.0
-            self._save()
-        else:
-            self._resume(state)
-
-    def _start(self) -> None:
-        run = self.run
-        if self.iteration == 0:
-            self.model, self.facts = run.build(), {"layers": None}
-            run.folder.cut_log(0)
-            run.folder.save_tensors("init", self.model.state_dict(), {})
-        else:
-            self.model, before = run.load(self.iteration - 1)
-            run.folder.cut_log(before["log_bytes"])
-            self.facts = {"pruned": run.prune(self.model, self.iteration)}
-            self.facts |= count_weights(self.model)
-            run.reporter.say(
-                f"  {self.facts['kept']:,} of {self.facts['total']:,} weights are left "
-                f"({self.facts['total'] / max(self.facts['kept'], 1):.1f}x fewer)"
-            )
-            run.folder.log(event="prune", iteration=self.iteration, kept=self.facts["kept"])
-
-    def _resume(self, state: dict) -> None:
-        self.epoch, self.best, self.facts = state["epoch"], state["best"], state["facts"]
-        self.seconds = state["seconds"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["rng"])
-        if self.run.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], self.run.device)
-        self.run.folder.cut_log(state["log_bytes"])
-        self.run.reporter.say(f"  resumed after epoch {self.epoch} of {self.recipe.epochs}")
-
-    def run_epoch(self) -> None:
-        run, start = self.run, time.perf_counter()
-        steps = math.ceil(len(run.data.train) / self.recipe.batch_size)
-        lr = self.scheduler.get_last_lr()[0]
-        seed = order_seed(run.recipe.seed, self.iteration, self.epoch)
-        with run.reporter.epoch(steps) as on_step:
-            loss = train_epoch(
-                self.model, run.data.train, self.optimizer, self.recipe.batch_size, seed, on_step
-            )
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"iteration {self.iteration}, epoch {self.epoch + 1}: the training loss is {loss}; "
-                "lower the learning rate"
-            )
-        self.scheduler.step()
-        accuracy, validation_loss = evaluate(self.model, run.data.validation)
-        self.epoch += 1
-        seconds = time.perf_counter() - start
-        self.seconds += seconds
-        self._keep_best(accuracy, validation_loss)
-        run.folder.log(
-            event="epoch",
-            iteration=self.iteration,
-            epoch=self.epoch,
-            lr=lr,
-            train_loss=loss,
-            validation_loss=validation_loss,
-            validation_accuracy=accuracy,
-            seconds=round(seconds, 3),
-        )
-        self._save()
-        run.reporter.epoch_done(
-            f"epoch {self.epoch}/{self.recipe.epochs}: loss {loss:.4f}, "
-            f"validation {100 * accuracy:.2f} %"
-        )
-
-    def _keep_best(self, accuracy: float, loss: float) -> None:
-        if self.best and (accuracy, -loss) <= (self.best["accuracy"], -self.best["loss"]):
-            return
-        state = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
-        self.best = {"accuracy": accuracy, "loss": loss, "epoch": self.epoch, "model": state}
-
-    def _save(self) -> None:
-        state = {
-            "iteration": self.iteration,
-            "epoch": self.epoch,
-            "model": self.model.state_dict(),
-            "best": self.best,
-            "facts": self.facts,
-            "seconds": self.seconds,
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "rng": torch.get_rng_state(),
-            "log_bytes": self.run.folder.log_bytes,
-        }
-        if self.run.device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state(self.run.device)
-        self.run.folder.save_state(state)
-
-    def close(self) -> None:
-        """Write the best epoch as this phase's iterate."""
-        best, folder = self.best, self.run.folder
-        set_state_(self.model, best["model"])
-        facts = self.facts | count_weights(self.model)
-        facts |= {
-            "iteration": self.iteration,
-            "epoch": best["epoch"],
-            "validation_accuracy": best["accuracy"],
-            "validation_loss": best["loss"],
-            "seconds": round(self.seconds, 2),
-            "log_bytes": folder.log_bytes,
-        }
-        folder.save_tensors(f"iterates/{self.iteration:02d}", best["model"], facts)
-        folder.drop_state()
-
-
 def check_output(model: nn.Module, data: Dataset) -> None:
     """Raise ValueError when the model does not take the data's inputs or has too few outputs."""
     x = data.validation.inputs[:2]
@@ -299,18 +165,6 @@ def check_output(model: nn.Module, data: Dataset) -> None:
     if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < classes:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"the model gives {got} for {len(x)} samples, expected (2, {classes})")
-
-
-def set_state_(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load a state that may carry masks into a model that may not have them yet."""
-    masks = {
-        key.removesuffix("_mask"): value
-        for key, value in state.items()
-        if key.endswith("_mask") and value.dtype == torch.bool
-    }
-    if masks:
-        prune.apply_masks_(model, masks)
-    model.load_state_dict(state)
 
 
 @torch.no_grad()
