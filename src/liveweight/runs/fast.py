@@ -37,12 +37,6 @@ class FastModel:
         }
 
 
-def as_dict(report: object) -> dict:
-    """Return a report of prune or compress as plain JSON values."""
-    content = report.to_json()
-    return json.loads(content) if isinstance(content, str) else content
-
-
 def make_fast(model: nn.Module, inputs: dict[int, Tensor], recipe: CompressRecipe) -> FastModel:
     """Shrink the model, compress it at each batch size, keep the choices that are best at all.
 
@@ -53,7 +47,8 @@ def make_fast(model: nn.Module, inputs: dict[int, Tensor], recipe: CompressRecip
     shrunk = copy.deepcopy(model)
     shrink_report = None
     if recipe.shrink:
-        shrink_report = as_dict(compress.shrink_(shrunk, next(iter(inputs.values()))))
+        report = compress.shrink_(shrunk, next(iter(inputs.values())))
+        shrink_report = json.loads(report.to_json())
     candidates = {}
     for size, x in inputs.items():
         candidate = copy.deepcopy(shrunk)
@@ -69,7 +64,7 @@ def make_fast(model: nn.Module, inputs: dict[int, Tensor], recipe: CompressRecip
         notes.append("No set of choices was at least as fast as dense at every batch size: dense.")
         return FastModel(copy.deepcopy(shrunk), shrunk, shrink_report, None, None, notes)
     model, report = candidates[best]
-    return FastModel(model, shrunk, shrink_report, as_dict(report), best, notes)
+    return FastModel(model, shrunk, shrink_report, json.loads(report.to_json()), best, notes)
 
 
 def _choices(report) -> list[tuple]:

@@ -7,7 +7,6 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 
 from liveweight import prune
 from liveweight.runs.count import count_weights
@@ -36,7 +35,7 @@ class Phase:
             self._start()
         else:
             self.model = run.build()
-            set_state_(self.model, state["model"])
+            prune.load_state_(self.model, state["model"])
         self.optimizer = make_optimizer(self.model, recipe)
         self.scheduler = make_scheduler(self.optimizer, recipe)
         if iteration:
@@ -137,7 +136,7 @@ class Phase:
     def close(self) -> None:
         """Write the best epoch as this phase's iterate."""
         best, folder = self.best, self.run.folder
-        set_state_(self.model, best["model"])
+        prune.load_state_(self.model, best["model"])
         facts = self.facts | count_weights(self.model)
         facts |= {
             "iteration": self.iteration,
@@ -149,15 +148,3 @@ class Phase:
         }
         folder.save_tensors(f"iterates/{self.iteration:02d}", best["model"], facts)
         folder.drop_state()
-
-
-def set_state_(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load a state that may carry masks into a model that may not have them yet."""
-    masks = {
-        key.removesuffix("_mask"): value
-        for key, value in state.items()
-        if key.endswith("_mask") and value.dtype == torch.bool
-    }
-    if masks:
-        prune.apply_masks_(model, masks)
-    model.load_state_dict(state)

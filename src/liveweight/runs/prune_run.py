@@ -7,6 +7,7 @@ not looked at here: it is opened in finish.py, after the model to keep has been 
 from __future__ import annotations
 
 import copy
+import json
 import pathlib
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ from liveweight._check import near_misses
 from liveweight.runs.data import Dataset, load_data
 from liveweight.runs.folder import RunFolder
 from liveweight.runs.models import build_model
-from liveweight.runs.phase import Phase, set_state_
+from liveweight.runs.phase import Phase
 from liveweight.runs.progress import Reporter
 from liveweight.runs.recipe import PruneRecipe, Recipe, RecipeError, check_device
 from liveweight.runs.train import batches
@@ -97,7 +98,7 @@ class PruningRun:
         """Return the best model of a finished phase, masks attached, and its facts."""
         tensors, facts = self.folder.load_tensors(f"iterates/{iteration:02d}")
         model = self.build()
-        set_state_(model, {key: value.to(self.device) for key, value in tensors.items()})
+        prune.load_state_(model, tensors)
         return model, facts
 
     def pruning_batches(self) -> list[Tensor]:
@@ -143,8 +144,8 @@ class PruningRun:
             **goal,
         )
         if recipe.rewind == "init":
-            rewind_(model, self.folder.load_tensors("init")[0])
-        return report.to_json()
+            prune.rewind_(model, self.folder.load_tensors("init")[0])
+        return json.loads(report.to_json())
 
 
 def check_output(model: nn.Module, data: Dataset) -> None:
@@ -165,12 +166,3 @@ def check_output(model: nn.Module, data: Dataset) -> None:
     if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < classes:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"the model gives {got} for {len(x)} samples, expected (2, {classes})")
-
-
-@torch.no_grad()
-def rewind_(model: nn.Module, first: dict[str, Tensor]) -> None:
-    """Give every parameter and buffer its first value again, and cut it with the masks."""
-    state = model.state_dict()
-    for key, value in first.items():
-        state[key].copy_(value)
-    prune.apply_masks_(model, prune.masks(model))

@@ -80,7 +80,7 @@ class PruneRecipe:
     )
     sparsity: float | None = _option(None, "share of weights removed in the end, instead of alpha")
     granularity: str | None = _option(None, "what is removed together; default: the criterion's")
-    scope: str = _option("local", "with sparsity: compare within a layer (local) or all (global)")
+    scope: str = _option("layer", "with sparsity: counted per layer or over all (global)")
     ignore: list[str] = _option([], "layers left alone: names, globs or re:patterns")
     iterations: int = _option(5, "times to prune and retrain; 0 only trains")
     samples: int = _option(1000, "training samples that are scored, the same in every iteration")
@@ -261,7 +261,7 @@ def _check_pruning(prune: PruneRecipe) -> None:
     _demand(prune.tolerance >= 0, "prune.tolerance", prune.tolerance, "0 or more")
     _one_of("prune.rewind", prune.rewind, REWINDS)
     _one_of("prune.keep", prune.keep, KEEPS)
-    _one_of("prune.scope", prune.scope, ("local", "global"))
+    _one_of("prune.scope", prune.scope, ("layer", "global"))
 
 
 def check_device(name: str) -> torch.device:
