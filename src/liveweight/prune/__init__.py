@@ -1,0 +1,51 @@
+"""Pruning: score connections, select, mask, keep the masks while training.
+
+The verbs are `score`, `prune_`, `keep_masks`, `strip_`, `masks`, `apply_masks_`, `rewind_` and
+`recalibrate_bn_`; `importances` is the registry of criteria, `Importance` what one must offer.
+"""
+
+from liveweight.prune.activity import Activity, Observer
+from liveweight.prune.importances import (
+    Importance,
+    LayerScore,
+    Magnitude,
+    Random,
+    Target,
+    importances,
+    register_importance,
+)
+from liveweight.prune.keep import MaskKeeper, keep_masks
+from liveweight.prune.mask import apply_masks_, copy_masks_, masks, strip_
+from liveweight.prune.nnrelief import NNRelief
+from liveweight.prune.report import LayerRow, PruneReport, Scores
+from liveweight.prune.residual import ShortcutMask
+from liveweight.prune.retrain import load_state_, recalibrate_bn_, rewind_
+from liveweight.prune.verbs import prune_, score
+
+__all__ = [
+    "Activity",
+    "Importance",
+    "LayerRow",
+    "LayerScore",
+    "Magnitude",
+    "MaskKeeper",
+    "NNRelief",
+    "Observer",
+    "PruneReport",
+    "Random",
+    "Scores",
+    "ShortcutMask",
+    "Target",
+    "apply_masks_",
+    "copy_masks_",
+    "importances",
+    "keep_masks",
+    "load_state_",
+    "masks",
+    "prune_",
+    "recalibrate_bn_",
+    "register_importance",
+    "rewind_",
+    "score",
+    "strip_",
+]

@@ -1,0 +1,120 @@
+"""NNrelief: keep, per unit, the connections that carry its activity."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from liveweight._check import near_misses
+from liveweight.prune.activity import Activity, Observer
+from liveweight.prune.importances import LayerScore, Target, importances
+from liveweight.prune.kernel_response import (
+    MeanKernelNorms,
+    kernel_norms,
+    output_positions,
+    weight_norms,
+)
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ValueError(
+            f"{name} must be one of {allowed}, got {value!r}: {near_misses(value, allowed)}"
+        )
+    return value
+
+
+class NNRelief:
+    """Score a connection by the mean absolute signal it carries, relative to its unit's total.
+
+    Linear     s_ij = |w_ij| mean_n|x_ni| / S_j,  bias |b_j| / S_j
+    conv       s_ij = || |k_ij| * |x_i| || / S_j per 2-D kernel, bias || |b_j| || / S_j, the norm
+               over the h x w output map
+    S_j        the sum over a unit's connections and its bias
+
+    The bias is one more connection of its unit. mean_n|w x| = |w| mean_n|x| is exact, so a Linear
+    needs one number per feature. What a conv takes for |x_i| is the variant's choice:
+
+    variant    "authors": the mean map mean_n|x_n| (norm of the mean; one read of the activations,
+               no further cost per sample).  "paper": the mean over samples of the norms. The norm
+               of the mean is at most the mean of the norms; the masks of the two agree in 99.8 %
+               of the entries on random maps.
+    norm       "fro", or "l1" (sum over the output map, what the authors' LeNet program computes;
+               the two variants are then the same number)
+    ties       "stable": the smallest set that holds alpha of the total, lower index first among
+               equals; a unit with one input keeps it.  "authors": literally keep s > the first
+               dropped score, so ties with it go, and every unit loses at least one connection.
+    cleanup    prune units that nothing reads any more, last layer first
+
+    Under a mass rule (`alpha`) the method also prunes units that are never active after their
+    activation, with their BatchNorm entries, and weighs the branch of a residual block against its
+    shortcut. Convolutions are scored first, on the weights as they were; Linears then see the
+    pruned convolutions. A conv is scored by kernels; granularity "weight" (our extension) takes the
+    response of each weight alone.
+
+    Source: Dekhovich, Tax, Sluiter, Bessa, "Neural network relief: a pruning algorithm based on
+    neural activity", Machine Learning 113, 2024, and the program its authors published.
+    Raises ValueError for an unknown variant, norm or ties.
+    """
+
+    name = "nnrelief"
+    needs_data = True
+    phases = (("conv",), ("linear",))
+    dead_units = True
+    residual = True
+
+    def __init__(
+        self,
+        variant: str = "authors",
+        norm: str = "fro",
+        ties: str = "stable",
+        cleanup: bool = True,
+    ) -> None:
+        self.variant = _check_choice("variant", variant, ("authors", "paper"))
+        self.norm = _check_choice("norm", norm, ("fro", "l1"))
+        self.ties = _check_choice("ties", ties, ("stable", "authors"))
+        self.cleanup = bool(cleanup)
+
+    def __repr__(self) -> str:
+        return (
+            f"NNRelief(variant={self.variant!r}, norm={self.norm!r}, ties={self.ties!r}, "
+            f"cleanup={self.cleanup})"
+        )
+
+    def default_granularity(self, kind: str) -> str:
+        return "kernel" if kind == "conv" else "weight"
+
+    def observer(self, target: Target) -> Observer:
+        per_sample = self.variant == "paper" and self.norm == "fro"
+        if target.kind == "linear" or not per_sample:
+            return Activity(target.kind)
+        if target.granularity != "kernel":
+            raise ValueError(
+                f"layer '{target.name}': variant 'paper' scores whole kernels, "
+                f"not granularity {target.granularity!r}"
+            )
+        return MeanKernelNorms(target.module)
+
+    def score(self, target: Target, seen: Observer) -> LayerScore:
+        weight = target.module.weight.detach()
+        if target.kind == "linear":
+            scores = weight.abs().double() * seen.mean
+            return _with_bias(target, scores, 1.0)
+        if isinstance(seen, MeanKernelNorms):
+            scores = seen.mean
+        else:
+            norms = kernel_norms if target.granularity == "kernel" else weight_norms
+            scores = norms(target.module, weight, seen.mean, self.norm)
+        positions = output_positions(target.module, seen.shape)
+        return _with_bias(target, scores, positions if self.norm == "l1" else positions**0.5)
+
+
+def _with_bias(target: Target, scores: Tensor, bias_norm: float) -> LayerScore:
+    """Add the bias as a connection; bias_norm is the norm of a map of ones."""
+    total = scores.flatten(1).sum(1)
+    if target.module.bias is None:
+        return LayerScore(scores, None, total)
+    bias = target.module.bias.detach().abs().double() * bias_norm
+    return LayerScore(scores, bias, total + bias)
+
+
+importances["nnrelief"] = NNRelief

@@ -1,0 +1,241 @@
+"""score and prune_: the two verbs that look at data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from liveweight._check import near_misses
+from liveweight._graph import Graph, GraphError, trace
+from liveweight.prune import residual
+from liveweight.prune.activity import observe
+from liveweight.prune.batches import Batches
+from liveweight.prune.importances import GRANULARITIES, Importance, Target, resolve_importance
+from liveweight.prune.mask import absorb_, own_mask
+from liveweight.prune.passes import ALL_KINDS, Scoring, check_data, phases, run_pass
+from liveweight.prune.plan import Plan, drop_unread
+from liveweight.prune.report import LayerRow, PruneReport, Scores
+from liveweight.prune.select import Rule, parse_rule
+from liveweight.prune.selectors import Selector, choose_layers, layer_kind
+from liveweight.prune.snapshot import restoring
+
+Selectors = Selector | Iterable[Selector] | None
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+
+
+def _make_targets(
+    chosen: dict[str, nn.Module], importance: Importance, granularity: str | None
+) -> dict[str, Target]:
+    if granularity is not None and granularity not in GRANULARITIES:
+        raise ValueError(
+            f"granularity must be one of {GRANULARITIES}, got {granularity!r}: "
+            f"{near_misses(str(granularity), GRANULARITIES)}"
+        )
+    targets = {}
+    for name, module in chosen.items():
+        kind = layer_kind(module)
+        by = granularity or importance.default_granularity(kind)
+        # A Linear has no kernels: its connections are its weights.
+        targets[name] = Target(name, module, kind, "weight" if kind == "linear" else by)
+    return targets
+
+
+def _check_any(targets: dict[str, Target], left: dict[str, str]) -> None:
+    if not targets:
+        why = "; ".join(f"'{name}': {reason}" for name, reason in left.items())
+        raise ValueError(
+            f"no layer to work on: {why or 'the model has no nn.Linear and no nn.Conv2d'}"
+        )
+
+
+def score(
+    model: nn.Module,
+    data: Iterable | None = None,
+    *,
+    importance: str | Importance = "nnrelief",
+    granularity: str | None = None,
+    layers: Selectors = None,
+    ignore: Selectors = None,
+    steps: int | None = None,
+) -> Scores:
+    """Score every connection or kernel of the model's Linear and Conv2d layers; nothing changes.
+
+    data          any iterable of batches: tensors, tuples whose first item is the input, or dicts
+                  (model(**batch)); `steps` bounds how many are taken
+    importance    a registered name or an object after prune.Importance
+    granularity   "weight" or "kernel" (2-D slices of a convolution); default: the importance's own
+    layers        only these; ignore: not these. Names, globs, "re:...", module types
+    returns       {layer name: float64 [out, in], or [out, in, r, s] for single conv weights}
+
+    One pass over the data in eval mode, one read of each layer's input.
+    Raises ValueError for empty data, data on another device, NaN activations (the layer is named),
+    a selector that matches nothing, and unknown names; TypeError for wrong types.
+    """
+    _check_model(model)
+    importance = resolve_importance(importance)
+    check_data(importance, data)
+    chosen, left, notes = choose_layers(model, layers, ignore)
+    targets = _make_targets(chosen, importance, granularity)
+    _check_any(targets, left)
+    scoring = Scoring(importance, targets)
+    if scoring.watches:
+        scoring.called |= observe(model, scoring.watches, Batches(data, steps))
+    found = Scores()
+    found.importance = importance.name
+    for name, layer_score in scoring.scores().items():
+        found[name], bias = layer_score.relative()
+        if bias is not None:
+            found.bias[name] = bias
+        found.kinds[name], found.granularity[name] = targets[name].kind, targets[name].granularity
+    idle = {name: "never called with this data" for name in targets if name not in scoring.called}
+    found.notes = [f"'{n}' left alone: {why}" for n, why in (left | idle).items()] + notes
+    return found
+
+
+def prune_(
+    model: nn.Module,
+    data: Iterable | None = None,
+    *,
+    importance: str | Importance = "nnrelief",
+    alpha: float | dict[str, float] | None = None,
+    sparsity: float | None = None,
+    granularity: str | None = None,
+    scope: str = "layer",
+    layers: Selectors = None,
+    ignore: Selectors = None,
+    steps: int | None = None,
+    dry_run: bool = False,
+) -> PruneReport:
+    """Set the least important weights to zero and attach masks; what is pruned stays pruned.
+
+    alpha        share of every unit's score mass to keep, or {"conv": ..., "linear": ...}
+    sparsity     share of the weights to remove, counted per layer or over all (scope="global")
+    dry_run      report only: the model stays as it is, bit for bit
+    Other arguments as in `score`. A mass rule lets biases compete where the importance scores them;
+    a sparsity counts and removes weights only. Calls add up: iterate prune_ and retraining under
+    `keep_masks`. NNrelief with both kinds of layers takes two passes (Linears see the pruned
+    convolutions).
+
+    returns      PruneReport: .layers, .density, .compression, .notes, .table(), .to_json()
+
+    Raises as `score`, and ValueError where both or neither of alpha and sparsity are given or one
+    is outside [0, 1]. A failure leaves weights, buffers, BatchNorm and modules as they were.
+    """
+    _check_model(model)
+    importance = resolve_importance(importance)
+    rule = parse_rule(alpha, sparsity, scope)
+    check_data(importance, data)
+    chosen, left, notes = choose_layers(model, layers, ignore)
+    for name in [n for n, m in chosen.items() if not rule.covers(layer_kind(m))]:
+        left[name] = f"alpha has no {layer_kind(chosen.pop(name))!r}"
+    targets = _make_targets(chosen, importance, granularity)
+    _check_any(targets, left)
+    with restoring(model, always=dry_run):
+        for module in model.modules():
+            absorb_(module)
+        plan = Plan(model, targets)
+        more = _fill(plan, importance, rule, data, steps, left)
+        report = _report(plan, importance, rule, left, notes + more)
+    report.dry_run = dry_run
+    return report
+
+
+def _trace_for(model: nn.Module, importance: Importance, rule: Rule) -> tuple[Graph | None, list]:
+    by_mass = rule.alpha is not None and (
+        getattr(importance, "dead_units", False) or getattr(importance, "residual", False)
+    )
+    if not by_mass and not getattr(importance, "cleanup", False):
+        return None, []
+    try:
+        return trace(model), []
+    except GraphError as error:
+        return None, [f"no rule for dead units, shortcuts and clean-up was applied: {error}"]
+
+
+def _fill(
+    plan: Plan,
+    importance: Importance,
+    rule: Rule,
+    data: Iterable | None,
+    steps: int | None,
+    left: dict[str, str],
+) -> list[str]:
+    """Decide and write everything; return notes. `left` learns of layers that were never called."""
+    graph, notes = _trace_for(plan.model, importance, rule)
+    order = phases(importance, plan.targets, rule.scope)
+    batches = None if data is None else Batches(data, steps, passes=len(order))
+    for kinds in order:
+        targets = {n: t for n, t in plan.targets.items() if t.kind in kinds}
+        called, more = run_pass(plan, targets, importance, rule, graph, batches)
+        notes += more
+        left |= {n: "never called with this data" for n in targets if n not in called}
+        _write(plan, graph, kinds)
+    if graph is not None and getattr(importance, "cleanup", False):
+        shortcuts = _masked_shortcuts(plan, graph)
+        drop_unread(plan, graph, shortcuts)
+        plan.shortcuts |= shortcuts
+        _write(plan, graph, ALL_KINDS)
+    return notes
+
+
+def _masked_shortcuts(plan: Plan, graph: Graph) -> dict[str, torch.Tensor]:
+    found = {}
+    for block in graph.residual_blocks:
+        mask = residual.find_shortcut_mask(plan.model, block)
+        if mask is not None:
+            found[block.name] = mask.mask.clone()
+    return found
+
+
+def _write(plan: Plan, graph: Graph | None, kinds: tuple[str, ...]) -> None:
+    plan.apply_(kinds)
+    for block in graph.residual_blocks if graph is not None else ():
+        kept = plan.shortcuts.get(block.name)
+        if kept is None or kept.all():
+            continue
+        earlier = residual.find_shortcut_mask(plan.model, block)
+        kept = kept if earlier is None else kept & earlier.mask
+        residual.attach_shortcut_mask_(plan.model, block, kept)
+
+
+def _row(name: str, module: nn.Module, granularity: str, note: str) -> LayerRow:
+    weight = own_mask(module, "weight")
+    bias = own_mask(module, "bias")
+    bias_total = 0 if module.bias is None else module.bias.numel()
+    kept = module.weight.numel() if weight is None else int(weight.sum())
+    dead = 0
+    if weight is not None:
+        live = weight.flatten(1).any(1)
+        if bias_total:
+            live = live | (torch.ones_like(live) if bias is None else bias)
+        dead = int((~live).sum())
+    return LayerRow(
+        name, layer_kind(module), granularity, module.weight.numel(), kept,
+        bias_total, bias_total if bias is None else int(bias.sum()), dead, note,
+    )  # fmt: skip
+
+
+def _report(
+    plan: Plan, importance: Importance, rule: Rule, left: dict[str, str], notes: list[str]
+) -> PruneReport:
+    rows = []
+    for name, module in plan.model.named_modules():
+        if layer_kind(module) is None or not isinstance(module.weight, torch.Tensor):
+            continue
+        if nn.parameter.is_lazy(module.weight):
+            continue
+        target = plan.targets.get(name)
+        by = target.granularity if target is not None and name not in left else "-"
+        note = f"left alone: {left[name]}" if name in left else ""
+        rows.append(_row(name, module, by, note))
+    if rule.alpha is not None:
+        said = "alpha " + ", ".join(f"{k} {v:g}" for k, v in rule.alpha.items())
+    else:
+        said = f"sparsity {rule.sparsity:g} per {'layer' if rule.scope == 'layer' else 'model'}"
+    return PruneReport(importance.name, said, rows, notes)
