@@ -89,16 +89,16 @@ LW_INLINE void add_rows(const T* x, int64_t stride, int64_t columns, Vec eps,
                         float (*sums)[kColumnTile + kLanes]) {
   for (int64_t c = 0; c < columns; c += kLanes) {
     const int n = int(columns - c < kLanes ? columns - c : kLanes);
-    Sums s{load(sums[0] + c), load(sums[1] + c), load(sums[2] + c), load(sums[3] + c)};
+    Sums s = no_sums();  // few terms first, then their sum: rounds far less than one long chain
     if (n == kLanes) {
       for (int r = 0; r < kRows; ++r) add(s, load(x + r * stride + c), eps);
     } else {
       for (int r = 0; r < kRows; ++r) add(s, load_first(x + r * stride + c, n), eps);
     }
-    store(sums[0] + c, s.sum);
-    store(sums[1] + c, s.square);
-    store(sums[2] + c, s.count);
-    store(sums[3] + c, s.top);
+    store(sums[0] + c, load(sums[0] + c) + s.sum);
+    store(sums[1] + c, load(sums[1] + c) + s.square);
+    store(sums[2] + c, load(sums[2] + c) + s.count);
+    store(sums[3] + c, max(load(sums[3] + c), s.top));
   }
 }
 
@@ -161,7 +161,7 @@ void columns_of(const ActivityPart& part) {
 
 template <class T>
 LW_INLINE void add_plane(const T* x, int64_t n, Vec eps, Sums& sums) {
-  Sums a = sums, b = no_sums();  // two chains hide the latency of an addition
+  Sums a = no_sums(), b = no_sums();  // two chains hide the latency of an addition
   int64_t p = 0;
   for (; p + 2 * kLanes <= n; p += 2 * kLanes) {
     add(a, load(x + p), eps);
@@ -172,8 +172,10 @@ LW_INLINE void add_plane(const T* x, int64_t n, Vec eps, Sums& sums) {
     p += kLanes;
   }
   if (p < n) add(b, load_first(x + p, int(n - p)), eps);
-  // max(b, a) keeps a NaN of a; one of b shows in the sum.
-  sums = {a.sum + b.sum, a.square + b.square, a.count + b.count, max(b.top, a.top)};
+  sums.sum += a.sum + b.sum;
+  sums.square += a.square + b.square;
+  sums.count += a.count + b.count;
+  sums.top = max(sums.top, max(a.top, b.top));
 }
 
 template <class T>
