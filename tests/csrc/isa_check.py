@@ -1,0 +1,135 @@
+"""Compares every compiled CPU op with the PyTorch reference; run by test_isa.py, one process per
+instruction set. Prints a JSON list [instruction set, ops checked, failures]."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+
+import torch
+
+from liveweight import _library, formats, ops, reference  # noqa: F401  (ops registers references)
+
+# fp32 sums in another order: a few hundred terms of size one.
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+def sparse(*shape: int) -> torch.Tensor:
+    return torch.randn(shape) * (torch.rand(shape) < 0.3)
+
+
+def activity_stats() -> Iterator[tuple]:
+    for shape in [(3, 5, 1), (700, 19, 1), (9, 1500, 1), (5, 3, 7), (4, 37, 16), (2, 35, 4700)]:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            yield ops.new_activity_stats(shape[1]), torch.randn(shape).to(dtype), 0.5
+
+
+def mass_mask() -> Iterator[tuple]:
+    for shape in [(1, 1), (5, 7), (9, 129), (3, 5000)]:
+        for alpha in (0.0, 0.5, 0.95, 1.0):
+            for authors_ties in (False, True):
+                yield torch.randint(0, 40, shape).float(), alpha, authors_ties
+
+
+def linears() -> Iterator[tuple]:
+    for M, K, N in [(0, 5, 3), (1, 17, 9), (3, 63, 33), (19, 129, 40), (40, 300, 17)]:
+        weight = formats.Unstructured.from_dense(sparse(N, K))
+        yield torch.randn(M, K), torch.randn(M, N), torch.randn(N), weight
+
+
+def unstructured_linear() -> Iterator[tuple]:
+    for x, _, bias, w in linears():
+        yield x, w.values, w.row_offsets, w.columns, bias, True
+        yield x, w.values, w.row_offsets, w.columns, None, False
+
+
+def unstructured_linear_grad_x() -> Iterator[tuple]:
+    for x, grad, _, w in linears():
+        yield grad, w.values, w.row_offsets, w.columns, x.shape[1]
+
+
+def unstructured_linear_grad_values() -> Iterator[tuple]:
+    for x, grad, _, w in linears():
+        yield grad, x, w.row_offsets, w.columns
+
+
+def convs() -> Iterator[tuple]:
+    for B, C, size, Cout, k, stride, padding, dilation, groups in [
+        (1, 3, 7, 5, 3, 1, 1, 1, 1),
+        (2, 8, 12, 18, 3, 1, 1, 1, 2),
+        (3, 4, 11, 6, 5, 2, 2, 1, 1),
+        (2, 6, 9, 6, 3, 1, 2, 2, 3),
+        (17, 5, 8, 7, 1, 1, 0, 1, 1),
+    ]:
+        x = torch.randn(B, C, size, size)
+        kept = (torch.rand(Cout, C // groups) < 0.4)[:, :, None, None]
+        weight = formats.Kernelwise.from_dense(torch.randn(Cout, C // groups, k, k) * kept)
+        how = ([stride] * 2, [padding] * 2, [dilation] * 2, groups)
+        out = (size + 2 * padding - dilation * (k - 1) - 1) // stride + 1
+        yield x, torch.randn(B, Cout, out, out), torch.randn(Cout), weight, how
+
+
+def kernelwise_conv2d() -> Iterator[tuple]:
+    for x, _, bias, w, how in convs():
+        yield x, w.values, w.filter_offsets, w.channels, bias, *how, True, 1
+        yield x, w.values, w.filter_offsets, w.channels, None, *how, False, 2
+
+
+def kernelwise_conv2d_grad_x() -> Iterator[tuple]:
+    for x, grad, _, w, how in convs():
+        yield grad, w.values, w.filter_offsets, w.channels, list(x.shape), *how
+
+
+def kernelwise_conv2d_grad_values() -> Iterator[tuple]:
+    for x, grad, _, w, how in convs():
+        yield grad, x, w.filter_offsets, w.channels, list(w.values.shape[1:]), *how
+
+
+def masked_linear() -> Iterator[tuple]:
+    for M, K, N in [(1, 17, 9), (3, 64, 33), (19, 129, 40)]:
+        bits = torch.randint(-(2**31), 2**31, (N, -(-K // 32)), dtype=torch.int64).int()
+        if K % 32:
+            bits[:, -1] &= (1 << K % 32) - 1
+        yield torch.randn(M, K), torch.randn(N, K), bits, torch.randn(N)
+
+
+CASES: dict[str, Callable[[], Iterator[tuple]]] = {
+    "activity_stats_": activity_stats,
+    "mass_mask": mass_mask,
+    "unstructured_linear": unstructured_linear,
+    "unstructured_linear_grad_x": unstructured_linear_grad_x,
+    "unstructured_linear_grad_values": unstructured_linear_grad_values,
+    "kernelwise_conv2d": kernelwise_conv2d,
+    "kernelwise_conv2d_grad_x": kernelwise_conv2d_grad_x,
+    "kernelwise_conv2d_grad_values": kernelwise_conv2d_grad_values,
+    "masked_linear": masked_linear,
+}
+
+
+def difference(name: str, args: tuple) -> str:
+    """Return "" when the compiled op and the reference agree, else how they differ."""
+    copy = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    got = getattr(torch.ops.liveweight, name)(*args)
+    wanted = getattr(reference, name)(*copy)
+    if name.endswith("_"):
+        got, wanted = args[0], copy[0]
+    try:
+        torch.testing.assert_close(got, wanted, **CLOSE)
+    except AssertionError as error:
+        shapes = [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in args]
+        return f"{name}{shapes}: {error}"
+    return ""
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    served = _library.backends()
+    names = [name for name in _library.SCHEMAS if served[name]["cpu"] != "reference"]
+    failures = [f"{name}: no case in isa_check.py" for name in names if name not in CASES]
+    for name in names:
+        failures += filter(None, (difference(name, args) for args in CASES.get(name, tuple)()))
+    print(json.dumps([_library.cpu_isa(), names, failures]))
+
+
+if __name__ == "__main__":
+    main()
