@@ -92,7 +92,11 @@ Bytes unpack_bits(const py::array& bits, int64_t count) {
   const uint8_t* data = packed.data();
   Bytes mask(count);
   uint8_t* out = mask.mutable_data();
-  for (int64_t i = 0; i < count; ++i) out[i] = data[i >> 3] >> (i & 7) & 1;
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    for (int bit = 0; bit < 8; ++bit) out[i + bit] = data[i >> 3] >> bit & 1;
+  }
+  for (; i < count; ++i) out[i] = data[i >> 3] >> (i & 7) & 1;
   return mask;
 }
 

@@ -74,5 +74,5 @@ def unpack_bits(bits: Tensor, count: int) -> Tensor:
         )
     packed = _as_array(bits)
     if _library.pack is not None:
-        return torch.from_numpy(_library.pack.unpack_bits(packed, count)).bool()
-    return torch.from_numpy(np.unpackbits(packed, count=count, bitorder="little")).bool()
+        return torch.from_numpy(_library.pack.unpack_bits(packed, count)).view(torch.bool)
+    return torch.from_numpy(np.unpackbits(packed, count=count, bitorder="little")).view(torch.bool)
