@@ -36,8 +36,8 @@ class NNRelief:
 
     variant    "authors": the mean map mean_n|x_n| (norm of the mean; one read of the activations,
                no further cost per sample).  "paper": the mean over samples of the norms. The norm
-               of the mean is at most the mean of the norms; the masks of the two agree in 99.8 %
-               of the entries on random maps.
+               of the mean is at most the mean of the norms; the masks of the two agree in 99.4
+               to 99.8 % of the entries on random maps (64 samples, alpha 0.95).
     norm       "fro", or "l1" (sum over the output map, what the authors' LeNet program computes;
                the two variants are then the same number)
     ties       "stable": the smallest set that holds alpha of the total, lower index first among
