@@ -1,0 +1,172 @@
+"""Giving a dense instance the structure and the tensors of a checkpoint: first all checks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from liveweight.compress import edit, structure, swap
+
+_MASKS = ("weight_mask", "bias_mask")
+
+
+class Rebuild:
+    """One load: checks the model against the file, then changes the model."""
+
+    def __init__(
+        self,
+        path: object,
+        model: nn.Module,
+        entries: dict[str, dict],
+        tensors: dict[str, Tensor],
+        masks: dict[str, Tensor],
+    ) -> None:
+        self.path = path
+        self.model = model
+        self.entries = entries
+        self.tensors = tensors
+        self.masks = masks
+        self.modules = dict(model.named_modules())
+        self.sparse = {name: e for name, e in entries.items() if "format" in e}
+        self.replaced = {n for n, e in entries.items() if "format" in e or e["type"] == "Identity"}
+
+    def apply(self) -> None:
+        """Check everything, then change the model; on an error it is as it was."""
+        for name, entry in self.entries.items():
+            self._check_module(name, entry)
+        self._check_tensors()
+        with edit.undone_on_error(self.model), torch.no_grad():
+            # Copies into tensors that stay come last: they can no longer fail.
+            copies = self._place_tensors()
+            self._place_modules()
+            for target, value in copies:
+                target.copy_(value)
+
+    def _fail(self, words: str) -> ValueError:
+        return ValueError(f"load: {self.path} does not fit the model: {words}")
+
+    def _check_module(self, name: str, entry: dict) -> None:
+        module = self.modules.get(name)
+        if module is None:
+            raise self._fail(f"it has no module {name!r}")
+        wanted = entry.get("dense") or entry.get("was") or entry["type"]
+        got = type(module).__name__
+        if got != wanted:
+            hint = "; load wants a dense instance" if swap.is_sparse(module) else ""
+            raise self._fail(f"{name} is a {got}, expected a {wanted}{hint}")
+        if entry["type"] == "Identity":
+            return
+        was = entry.get("from", entry["sizes"])
+        for size, value in entry["sizes"].items():
+            if getattr(module, size) not in (value, was[size]):
+                raise self._fail(f"{name} has {size} {getattr(module, size)}, expected {was[size]}")
+        got = structure.conv_attributes(module) if "conv" in entry else {}
+        for attribute, value in entry.get("conv", {}).items():
+            if got[attribute] != value:
+                raise self._fail(f"{name} has {attribute} {got[attribute]}, expected {value}")
+
+    def _expected_shape(self, name: str, leaf: str, tensor: Tensor) -> tuple[int, ...]:
+        """Shape of a tensor of the model once the module has the file's sizes."""
+        sizes = self.entries.get(name, {}).get("sizes")
+        if not sizes or tensor.dim() == 0:
+            return tuple(tensor.shape)
+        if "num_features" in sizes:
+            return (sizes["num_features"],)
+        inputs, outputs = sizes.values()
+        if leaf in ("bias", "bias_mask"):
+            return (outputs,)
+        groups = getattr(self.modules[name], "groups", 1)
+        return (outputs, inputs // groups, *tensor.shape[2:])
+
+    def _check_tensors(self) -> None:
+        """Compare the file's keys and shapes with what the model will have."""
+        state = self.model.state_dict()
+        for key, value in self.tensors.items():
+            name, _, leaf = key.rpartition(".")
+            module = self.modules.get(name)
+            if module is None:
+                raise self._fail(f"it has no module {name!r} for {key}")
+            own = state.get(key)
+            if own is None:
+                self._check_new(key, name, leaf, module)
+                continue
+            expected = self._expected_shape(name, leaf, own)
+            if tuple(value.shape) != expected:
+                raise self._fail(f"{key} is {tuple(value.shape)}, expected {expected}")
+        absent = [key for key in state if key not in self.tensors]
+        if absent:
+            raise self._fail(f"the file has no tensor for {', '.join(absent[:5])}")
+
+    def _check_new(self, key: str, name: str, leaf: str, module: nn.Module) -> None:
+        """A tensor that a dense instance lacks: a mask, an added bias, a pattern of kernels."""
+        entry = self.entries.get(name, {})
+        if leaf == "kernels" and name in self.sparse:
+            return
+        if leaf == "bias" and "sizes" in entry and "bias" in module._parameters:
+            base = module.weight
+        elif leaf in _MASKS and module._parameters.get(leaf.removesuffix("_mask")) is not None:
+            base = getattr(module, leaf.removesuffix("_mask"))
+        else:
+            raise self._fail(f"it has no tensor {key}")
+        expected = self._expected_shape(name, leaf, base)
+        if tuple(self.tensors[key].shape) != expected:
+            got = tuple(self.tensors[key].shape)
+            raise self._fail(f"{key} is {got}, expected {expected}")
+
+    def _place_tensors(self) -> list[tuple[Tensor, Tensor]]:
+        """Replace tensors that change shape or dtype; return (target, value) of all others."""
+        copies: list[tuple[Tensor, Tensor]] = []
+        renewed: dict[int, nn.Parameter] = {}
+        for key, value in self.tensors.items():
+            name, _, leaf = key.rpartition(".")
+            if name in self.replaced:
+                continue
+            module = self.modules[name]
+            old = getattr(module, leaf, None)
+            if old is not None and old.shape == value.shape and old.dtype == value.dtype:
+                copies.append((old, value))
+                continue
+            like = old if old is not None else getattr(module, "weight", None)
+            value = value.to(like.device) if like is not None else value
+            if id(old) in renewed:
+                module._parameters[leaf] = renewed[id(old)]
+            elif leaf in module._parameters:
+                edit.set_parameter(module, leaf, value)
+                if old is not None:  # a tied parameter stays tied
+                    renewed[id(old)] = module._parameters[leaf]
+            else:
+                module.register_buffer(leaf, value)
+        for name, entry in self.entries.items():
+            if name not in self.replaced:
+                _set_sizes(self.modules[name], entry)
+        return copies
+
+    def _place_modules(self) -> None:
+        for name in self.replaced:
+            old = self.modules[name]
+            entry = self.entries[name]
+            new = nn.Identity() if entry["type"] == "Identity" else self._sparse(name, entry, old)
+            edit.replace_module_(self.model, name, new.train(old.training))
+
+    def _sparse(self, name: str, entry: dict, old: nn.Module) -> nn.Module:
+        weight = self.tensors[f"{name}.weight"]
+        keep = self.tensors.get(f"{name}.kernels", self.masks[f"{name}.weight"])
+        follows = torch.equal(keep, weight.ne(0)) if keep.dim() == weight.dim() else False
+        new = swap.make_sparse(
+            swap.dense_like(old, entry["sizes"], weight, self.tensors.get(f"{name}.bias")),
+            entry["format"],
+            activation=entry["activation"],
+            pool=entry.get("pool", 1),
+            parts=(name, *entry["parts"]) if entry["parts"] else (),
+            keep=None if follows else keep,
+        )
+        if "from" in entry:
+            new.shrunk_from = dict(entry["from"])
+        return new
+
+
+def _set_sizes(module: nn.Module, entry: dict) -> None:
+    for size, value in entry["sizes"].items():
+        setattr(module, size, value)
+    if "from" in entry:
+        module.shrunk_from = dict(entry["from"])

@@ -1,0 +1,70 @@
+"""What differs from a dense instance of the model's class, module by module, as JSON."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from liveweight.compress import swap
+
+# Sizes that shrinking changes, by module type.
+SIZES: dict[type, tuple[str, ...]] = {
+    nn.Linear: ("in_features", "out_features"),
+    nn.Conv2d: ("in_channels", "out_channels"),
+    nn.BatchNorm1d: ("num_features",),
+    nn.BatchNorm2d: ("num_features",),
+}
+_CONV = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+
+
+def describe(model: nn.Module) -> dict[str, dict]:
+    """Return module name -> its entry, for every sparse, absorbed or shrunken module."""
+    entries: dict[str, dict] = {}
+    for name, module in model.named_modules():
+        if swap.is_sparse(module):
+            entries[name] = _sparse_entry(name, module)
+            for part, kind in absorbed(name, module):
+                entries[part] = {"type": "Identity", "was": kind}
+        elif type(module) in SIZES and hasattr(module, "shrunk_from"):
+            entries[name] = _sizes_entry(module, type(module))
+    return entries
+
+
+def _sizes_entry(module: nn.Module, kind: type) -> dict:
+    entry = {"type": kind.__name__, "sizes": {n: getattr(module, n) for n in SIZES[kind]}}
+    if hasattr(module, "shrunk_from"):
+        entry["from"] = dict(module.shrunk_from)
+    return entry
+
+
+def _sparse_entry(name: str, module: nn.Module) -> dict:
+    kind = swap.dense_type(module)
+    entry = _sizes_entry(module, kind)
+    entry |= {"type": type(module).__name__, "dense": kind.__name__}
+    entry |= {"format": swap.format_name(module), "activation": module.activation}
+    entry["bias"] = module.bias is not None
+    entry["parts"] = [part for part, _ in absorbed(name, module)]
+    if kind is nn.Conv2d:
+        entry["pool"] = module.pool
+        entry["conv"] = conv_attributes(module)
+    return entry
+
+
+def conv_attributes(module: nn.Module) -> dict[str, object]:
+    """Return what makes a convolution beside its sizes, as JSON values."""
+    values = {name: getattr(module, name, "zeros") for name in _CONV}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def absorbed(name: str, module: nn.Module) -> list[tuple[str, str]]:
+    """Return (dotted name, type) of the modules that were joined into this sparse one.
+
+    parts are names from the model that was compressed; where that model has become part of a
+    larger one, the same prefix stands before all of them.
+    """
+    parts = list(module.parts)
+    if not parts:
+        return []
+    prefix = name[: -len(parts[0])] if name.endswith(parts[0]) else ""
+    kinds = ["ReLU"] if module.activation == "relu" else []
+    kinds += ["MaxPool2d"] if getattr(module, "pool", 1) > 1 else []
+    return [(prefix + part, kind) for part, kind in zip(parts[1:], kinds, strict=True)]

@@ -1,0 +1,122 @@
+"""The one place that knows how sparse modules are made from dense ones and read back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from liveweight import nn as sparse_nn
+from liveweight.formats import Kernelwise, Unstructured
+
+# format -> (dense type it replaces, op that serves it)
+FORMATS: dict[str, tuple[type, str]] = {
+    "unstructured": (nn.Linear, "unstructured_linear"),
+    "kernelwise": (nn.Conv2d, "kernelwise_conv2d"),
+}
+
+
+def is_sparse(module: nn.Module) -> bool:
+    """True for a SparseLinear or SparseConv2d."""
+    return isinstance(module, (sparse_nn.SparseLinear, sparse_nn.SparseConv2d))
+
+
+def dense_type(module: nn.Module) -> type | None:
+    """Return nn.Linear or nn.Conv2d for a sparse module, None for any other."""
+    if isinstance(module, sparse_nn.SparseLinear):
+        return nn.Linear
+    return nn.Conv2d if isinstance(module, sparse_nn.SparseConv2d) else None
+
+
+def format_name(module: nn.Module) -> str:
+    """Return the name of the format that a sparse module computes in."""
+    return module.format
+
+
+def make_sparse(
+    dense: nn.Module,
+    name: str,
+    *,
+    activation: str | None = None,
+    pool: int = 1,
+    parts: tuple[str, ...] = (),
+    keep: Tensor | None = None,
+) -> nn.Module:
+    """Return the sparse module of a Linear or Conv2d; zeros of its weight are the pattern.
+
+    parts  names of the modules it stands for
+    keep   bool, entries or whole kernels that stay in the pattern although they are zero
+
+    Raises what its from_dense raises.
+    """
+    if keep is not None:
+        return _with_kept_zeros(dense, name, keep, activation, pool, parts)
+    if isinstance(dense, nn.Linear):
+        module = sparse_nn.SparseLinear.from_dense(dense, name, activation=activation)
+    else:
+        module = sparse_nn.SparseConv2d.from_dense(dense, name, activation=activation, pool=pool)
+    module.parts = tuple(parts)
+    module.values.requires_grad_(dense.weight.requires_grad)
+    if module.bias is not None:
+        module.bias.requires_grad_(dense.bias.requires_grad)
+    return module
+
+
+def _with_kept_zeros(dense, name, keep, activation, pool, parts) -> nn.Module:
+    """Let ones stand for the kept zeros while the pattern is found, then put the values right."""
+    weight = dense.weight
+    kind = Unstructured if isinstance(dense, nn.Linear) else Kernelwise
+    exact = kind.from_dense(weight, keep.to(weight.device))
+    ones = dataclasses.replace(exact, values=torch.ones_like(exact.values)).to_dense()
+    dense.weight = nn.Parameter(ones, requires_grad=weight.requires_grad)
+    module = make_sparse(dense, name, activation=activation, pool=pool, parts=parts)
+    dense.weight = weight
+    with torch.no_grad():
+        module.values.copy_(exact.values)
+    return module
+
+
+def dense_like(
+    old: nn.Module, sizes: Mapping[str, int], weight: Tensor, bias: Tensor | None
+) -> nn.Module:
+    """Return a Linear or Conv2d like old with these sizes and tensors, on old's device."""
+    device, needs_grad = old.weight.device, old.weight.requires_grad
+    options: dict[str, object] = {"device": "meta", "bias": bias is not None}
+    if isinstance(old, nn.Conv2d):
+        for key in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
+            options[key] = getattr(old, key)
+    dense = type(old)(**sizes, **options)
+    dense.weight = nn.Parameter(weight.to(device), requires_grad=needs_grad)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias.to(device), requires_grad=needs_grad)
+    return dense
+
+
+def sparse_weight(module: nn.Module) -> Unstructured | Kernelwise:
+    """Return a sparse module's weight as a value of its format."""
+    values = module.values.detach()
+    if isinstance(module, sparse_nn.SparseLinear):
+        shape = (module.out_features, module.in_features)
+        return Unstructured(values, module.row_offsets, module.columns, shape)
+    shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+    return Kernelwise(values, module.filter_offsets, module.channels, shape)
+
+
+@torch.no_grad()
+def dense_weight(module: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (weight, kept entries, kept kernels) of a sparse module, for a checkpoint.
+
+    The kept kernels are None where they follow from the kept entries; entries that are zero
+    inside a kept kernel are not kept.
+    """
+    sparse = sparse_weight(module)
+    weight = sparse.to_dense()
+    ones = dataclasses.replace(sparse, values=torch.ones_like(sparse.values)).to_dense()
+    if isinstance(sparse, Unstructured):
+        return weight, ones != 0, None
+    kernels = ones.flatten(2).ne(0).any(2)
+    entries = weight.ne(0)
+    follows = torch.equal(entries.flatten(2).any(2), kernels)
+    return weight, entries, None if follows else kernels
