@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from liveweight.compress.measure import Timings
+
 
 class LeNet(nn.Module):
     """Convolutions, ReLU and pooling as modules, a flatten, two Linears; 1x16x16 -> 10."""
@@ -119,3 +121,33 @@ def sparsify(model: nn.Module, density: float = 0.2, masks: bool = True) -> nn.M
 def size(model: nn.Module) -> int:
     """Number of parameters."""
     return sum(p.numel() for p in model.parameters())
+
+
+class Clock:
+    """A measure function by label: microseconds per candidate, dense at 10; notes what it saw."""
+
+    def __init__(self, whole: float | list[float] = 5.0, **times: float) -> None:
+        self.times = times
+        self.whole = list(whole) if isinstance(whole, list) else [whole]
+        self.races: list[list[str]] = []
+
+    def __call__(self, calls, *, prepare=None, **options):
+        for name, call in calls.items():
+            if prepare:
+                prepare[name]()
+            call()
+        if "compressed" in calls:
+            time = self.whole.pop(0) if len(self.whole) > 1 else self.whole[0]
+            return Timings({"dense": [10.0] * 8, "compressed": [time] * 8})
+        self.races.append(list(calls))
+        time_of = {"dense": 10.0, **{k.replace("_", "+"): v for k, v in self.times.items()}}
+        return Timings({name: [time_of.get(name, 20.0)] * 8 for name in calls})
+
+
+ALL_FASTER = {
+    "kernelwise": 6.0,
+    "kernelwise_relu": 5.0,
+    "kernelwise_relu_pool": 4.0,
+    "unstructured": 5.0,
+    "unstructured_relu": 4.0,
+}

@@ -83,7 +83,7 @@ def tied_parameters(model: nn.Module) -> set[int]:
 
 
 def why_not_plain(module: nn.Module, tied: set[int]) -> str:
-    """Say why a Linear, Conv2d or BatchNorm must keep its tensors as they are; "" if it need not."""
+    """Say why a Linear, Conv2d or BatchNorm must keep its tensors; "" where it need not."""
     allowed = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d)
     if type(module) not in allowed:
         return f"{type(module).__name__} is not supported"

@@ -50,12 +50,11 @@ class Timings:
         return statistics.median(self.speedups(name, base))
 
     def merged(self, more: Timings) -> Timings:
-        """Return the rounds of both; `more` measured every name that was not screened here."""
-        joined = {
-            name: own if name in self.screened else [*own, *more.samples[name]]
-            for name, own in self.samples.items()
-        }
-        return Timings(joined, self.screened)
+        """Return the rounds of two measurements of the same names together."""
+        screened = self.screened | more.screened
+        joined = {name: [*own, *more.samples[name]] for name, own in self.samples.items()}
+        joined.update({name: [statistics.median(joined[name])] for name in screened})
+        return Timings(joined, screened)
 
 
 def quantile(values: list[float], share: float) -> float:

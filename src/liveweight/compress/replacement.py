@@ -1,0 +1,41 @@
+"""One layer's choice, as a change of the model that can be made and taken back."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from liveweight.compress import edit
+from liveweight.compress.candidates import Candidate
+from liveweight.compress.report import ChoiceRow
+
+
+class Replacement:
+    """One layer's choice, which can be put in place and taken back."""
+
+    def __init__(self, model: nn.Module, name: str, winner: Candidate, row: ChoiceRow) -> None:
+        self.model = model
+        self.row = row
+        self.saved_us = row.candidates["dense"] - row.candidates[winner.label]
+        dense = model.get_submodule(name)
+        if hasattr(dense, "shrunk_from"):
+            winner.module.shrunk_from = dict(dense.shrunk_from)
+        self.old = {n: model.get_submodule(n) for n in (name, *winner.absorbed)}
+        self.new: dict[str, nn.Module] = {name: winner.module}
+        for part in winner.absorbed:
+            self.new[part] = nn.Identity().train(self.old[part].training)
+
+    def apply(self) -> None:
+        """Put the sparse module and the identities in place."""
+        for name, module in self.new.items():
+            edit.replace_module_(self.model, name, module)
+
+    def undo(self) -> None:
+        """Put the dense modules back."""
+        for name, module in self.old.items():
+            edit.replace_module_(self.model, name, module)
+
+    def give_up(self, reason: str) -> None:
+        """Put the dense modules back for good, and say why."""
+        self.undo()
+        self.row.chosen, self.row.speedup, self.row.parts = "dense", 1.0, ()
+        self.row.reason = f"{reason} ({self.row.reason})"
