@@ -3,12 +3,16 @@
 from liveweight.ops.activity_stats import activity_stats_, new_activity_stats
 from liveweight.ops.kernelwise_conv2d import kernelwise_conv2d
 from liveweight.ops.mass_mask import mass_mask
+from liveweight.ops.masked_linear import masked_linear, pack_mask_bits, unpack_mask_bits
 from liveweight.ops.unstructured_linear import unstructured_linear
 
 __all__ = [
     "activity_stats_",
     "kernelwise_conv2d",
+    "masked_linear",
     "mass_mask",
     "new_activity_stats",
+    "pack_mask_bits",
+    "unpack_mask_bits",
     "unstructured_linear",
 ]
