@@ -97,8 +97,9 @@ def settle(model: nn.Module) -> nn.Module:
     """Give biases and BatchNorm random values, so that nothing is right by being zero or one."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias)
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2.0)
         elif isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
