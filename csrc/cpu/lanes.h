@@ -6,6 +6,9 @@
 
 #include "simd.h"
 
+// Everything here is inlined: no vector is ever passed by a calling convention.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define LW_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
