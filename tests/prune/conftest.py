@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import pathlib
+import sys
 
 import pytest
 
@@ -9,6 +10,7 @@ _spec = importlib.util.spec_from_file_location(
     "prune_nets", pathlib.Path(__file__).with_name("nets.py")
 )
 _nets = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = _nets  # pickle finds the models' classes by this name
 _spec.loader.exec_module(_nets)
 
 

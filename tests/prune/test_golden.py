@@ -66,5 +66,5 @@ def test_dense_counts_are_the_authors(golden, nets, net, dense):
     assert report.total == dense
     theirs = [golden[k] for k in golden if k.startswith(f"{net}/mask/")]
     kept = sum(int(np.count_nonzero(mask)) for mask in theirs)
-    # The stable tie rule keeps one connection more per unit at most; the masks are close, not equal.
+    # The stable tie rule keeps at most one connection more per unit: close, not equal.
     assert abs(report.kept - kept) < 0.05 * kept

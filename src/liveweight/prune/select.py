@@ -35,7 +35,9 @@ class Rule:
 
 
 def parse_rule(
-    alpha: float | dict[str, float] | None, sparsity: float | None, scope: str = "layer"
+    alpha: float | dict[str, float] | None = None,
+    sparsity: float | None = None,
+    scope: str = "layer",
 ) -> Rule:
     """Return the rule that the arguments describe.
 

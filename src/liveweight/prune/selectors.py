@@ -126,7 +126,9 @@ def _unsupported(modules: dict[str, nn.Module]) -> list[str]:
     notes = []
     for name, module in modules.items():
         norm = isinstance(module, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm))
-        has_matrix = any(p is not None and p.dim() > 1 for p in module._parameters.values())
-        if layer_kind(module) is None and not norm and has_matrix:
+        if layer_kind(module) is not None or norm:
+            continue
+        own = [p for p in module._parameters.values() if p is not None]
+        if any(nn.parameter.is_lazy(p) or p.dim() > 1 for p in own):
             notes.append(f"'{name}' ({type(module).__name__}) is not supported: left alone")
     return notes
