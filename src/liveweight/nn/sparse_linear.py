@@ -1,0 +1,93 @@
+"""SparseLinear: nn.Linear without the weights that are zero."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from liveweight.formats import Unstructured
+from liveweight.nn.sparse_module import SparseModule, check_format, read_dense
+from liveweight.ops.unstructured_linear import apply_unstructured, check_activation
+
+
+class SparseLinear(SparseModule):
+    """Weight-sparse (not activation-sparse) drop-in for nn.Linear: y = act(x W^T + b).
+
+    x        [..., in_features] float32 (other dtypes run in plain PyTorch)
+    returns  [..., out_features] like x
+
+    values       Parameter [nnz]: the kept weights, row after row
+    row_offsets  buffer [out_features + 1] int32
+    columns      buffer [nnz] int32
+    bias         Parameter [out_features] or None
+    activation   None or "relu", applied to the output
+    parts        names of the modules that this one stands for, where several were joined
+
+    Raises ValueError (shapes, names) and TypeError (types, dtypes).
+    """
+
+    format = "unstructured"
+    op = "unstructured_linear"
+    index_names = ("row_offsets", "columns")
+
+    def __init__(
+        self,
+        weight: Unstructured,
+        bias: Tensor | None = None,
+        *,
+        activation: str | None = None,
+        parts: tuple[str, ...] = (),
+    ) -> None:
+        if not isinstance(weight, Unstructured):
+            got = type(weight).__name__
+            raise TypeError(
+                f"SparseLinear: weight must be formats.Unstructured, got {got}; "
+                "SparseLinear.from_dense takes an nn.Linear"
+            )
+        check_activation(activation)
+        super().__init__(weight, bias, activation, parts)
+        self.out_features, self.in_features = weight.shape
+
+    @classmethod
+    def from_dense(
+        cls,
+        linear: nn.Linear,
+        format: str = "auto",
+        *,
+        activation: str | None = None,
+        mask: Tensor | None = None,
+    ) -> SparseLinear:
+        """Return a module with the numbers of linear; zeros of its weight are not stored.
+
+        format  "auto" or "unstructured"
+        mask    bool like weight: what is stored, zeros included; default: what is not zero
+
+        Masks of torch.nn.utils.prune and mask buffers are applied first. The new module is in the
+        mode (training or not) of linear and its tensors are copies.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"SparseLinear: expected an nn.Linear, got {type(linear).__name__}")
+        check_format("SparseLinear", format, cls.format)
+        weight = Unstructured.from_dense(read_dense(linear, "weight"), mask)
+        module = cls(weight, read_dense(linear, "bias"), activation=activation)
+        return module.train(linear.training)
+
+    def pack(self) -> Unstructured:
+        """Return the weight as formats.Unstructured; it shares the module's tensors."""
+        return Unstructured(self.values, self.row_offsets, self.columns, self.weight_shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return act(x W^T + b) [..., out_features] for x [..., in_features]."""
+        return apply_unstructured(
+            x,
+            self.values,
+            self.row_offsets,
+            self.columns,
+            self.in_features,
+            self.bias,
+            check_activation(self.activation),
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes, sparsity, format and backend."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}, {self._describe()}"
