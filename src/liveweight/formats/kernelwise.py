@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from liveweight._packing import csr_pattern
 from liveweight.formats import pattern
 
 
@@ -46,7 +47,7 @@ class Kernelwise:
         if mask.dim() == 4:
             weight = torch.where(mask, weight, 0)
             mask = mask.flatten(2).any(2)
-        filter_offsets, channels = pattern.find_pattern(mask)
+        filter_offsets, channels = csr_pattern(mask)
         return cls(weight[mask], filter_offsets, channels, shape)
 
     def to_dense(self) -> Tensor:

@@ -5,18 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_INT32_MAX = 2**31 - 1
-
-
-def find_pattern(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (row_offsets int32 [R + 1], columns int32 [kept]) of a bool mask [R, n]."""
-    if mask.numel() > _INT32_MAX and int(mask.sum()) > _INT32_MAX:
-        raise ValueError("mask keeps more than 2**31 - 1 entries, more than an int32 offset counts")
-    kept = torch.nonzero(mask)  # [kept, 2], rows ascending, columns ascending inside a row
-    offsets = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
-    torch.cumsum(mask.sum(1), 0, out=offsets[1:])
-    return offsets, kept[:, 1].to(torch.int32)
-
 
 def expand_rows(row_offsets: Tensor, kept: int) -> Tensor:
     """Return the row of each kept entry: int64 [kept]."""

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from liveweight._packing import csr_pattern
 from liveweight.formats import pattern
 
 
@@ -40,7 +41,7 @@ class Unstructured:
         if mask is None:
             mask = weight != 0
         pattern.check_mask("Unstructured", mask, (tuple(weight.shape),))
-        row_offsets, columns = pattern.find_pattern(mask)
+        row_offsets, columns = csr_pattern(mask)
         return cls(weight.detach()[mask], row_offsets, columns, tuple(weight.shape))
 
     def to_dense(self) -> Tensor:
