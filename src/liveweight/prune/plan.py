@@ -119,17 +119,17 @@ def drop_dead(plan: Plan, layer: Layer, alive: Tensor) -> None:
     plan.drop_units(layer.name, ~alive, layer.norm)
 
 
-def drop_unread(plan: Plan, graph: Graph, masked_shortcuts: dict[str, Tensor]) -> None:
+def drop_unread(plan: Plan, graph: Graph, shortcuts: dict[str, Tensor]) -> None:
     """Drop units that nothing reads any more, last layer first.
 
-    masked_shortcuts   kept channels of each block's shortcut that has a mask, by block name;
-                       changed in place where nothing reads a block's output channel
+    shortcuts   kept channels of every shortcut that has or can get a mask, by block name; changed
+                in place where nothing reads a block's output channel
     """
     blocks = {block.conv2: block for block in graph.residual_blocks}
     by_name = {block.name: block for block in graph.residual_blocks}
 
     def fed(block_name: str, channels: int, device: torch.device) -> Tensor:
-        block, kept = by_name[block_name], masked_shortcuts.get(block_name)
+        block, kept = by_name[block_name], shortcuts.get(block_name)
         if kept is None or block.shortcut_kind not in ("identity", "pad"):
             return torch.ones(channels, dtype=torch.bool, device=device)
         return kept[block.pad_before : block.pad_before + channels]
@@ -151,5 +151,5 @@ def drop_unread(plan: Plan, graph: Graph, masked_shortcuts: dict[str, Tensor]) -
         if block is not None:
             if block.projection is not None:
                 plan.drop_units(block.projection, unread, block.projection_norm)
-            elif block.name in masked_shortcuts:
-                masked_shortcuts[block.name] &= ~unread
+            elif block.name in shortcuts:
+                shortcuts[block.name] &= ~unread

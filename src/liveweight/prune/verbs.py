@@ -177,19 +177,25 @@ def _fill(
         left |= {n: "never called with this data" for n in targets if n not in called}
         _write(plan, graph, kinds)
     if graph is not None and getattr(importance, "cleanup", False):
-        shortcuts = _masked_shortcuts(plan, graph)
+        shortcuts = _kept_shortcuts(plan, graph)
         drop_unread(plan, graph, shortcuts)
         plan.shortcuts |= shortcuts
         _write(plan, graph, ALL_KINDS)
     return notes
 
 
-def _masked_shortcuts(plan: Plan, graph: Graph) -> dict[str, torch.Tensor]:
+def _kept_shortcuts(plan: Plan, graph: Graph) -> dict[str, torch.Tensor]:
+    """Kept channels of every shortcut that has a mask or could get one, by block name."""
     found = {}
     for block in graph.residual_blocks:
         mask = residual.find_shortcut_mask(plan.model, block)
         if mask is not None:
             found[block.name] = mask.mask.clone()
+        elif residual.can_mask_shortcut(block):
+            conv2 = plan.model.get_submodule(block.conv2)
+            found[block.name] = torch.ones(
+                conv2.out_channels, dtype=torch.bool, device=conv2.weight.device
+            )
     return found
 
 
