@@ -36,6 +36,9 @@ class Phase:
         else:
             self.model = run.build()
             prune.load_state_(self.model, state["model"])
+        if any(isinstance(m, torch.nn.Conv2d) for m in self.model.modules()):
+            # Pooling and the gradients of convolutions take half the time this way on CPUs.
+            self.model.to(memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.model, recipe)
         self.scheduler = make_scheduler(self.optimizer, recipe)
         if iteration:
@@ -113,7 +116,10 @@ class Phase:
     def _keep_best(self, accuracy: float, loss: float) -> None:
         if self.best and (accuracy, -loss) <= (self.best["accuracy"], -self.best["loss"]):
             return
-        state = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
+        state = {
+            key: value.detach().clone(memory_format=torch.contiguous_format)
+            for key, value in self.model.state_dict().items()
+        }
         self.best = {"accuracy": accuracy, "loss": loss, "epoch": self.epoch, "model": state}
 
     def _save(self) -> None:
