@@ -72,9 +72,14 @@ class SparseModule(nn.Module):
         return self.pack().to_dense()
 
     @property
+    def density(self) -> float:
+        """Fraction of entries (of a convolution: kernels) that is stored, in [0, 1]."""
+        return self.pack().density
+
+    @property
     def sparsity(self) -> float:
-        """Fraction of the weight that is not stored, in [0, 1]."""
-        return 1.0 - self.pack().density
+        """One minus the density."""
+        return 1.0 - self.density
 
     def _backend(self) -> str:
         device = self.values.device.type
