@@ -12,9 +12,9 @@ tiles = pytest.importorskip("liveweight.kernels.tiles")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Relative to the largest output. Sums are float32 on both sides; what remains is one rounding to
-# the dtype, which the interpreter does for bfloat16 by cutting off (a whole 2**-7). float32 takes
-# three TF32 products on a GPU.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+# the dtype, which the interpreter does for bfloat16 by cutting off (a whole 2**-7). float32: three
+# TF32 products on a GPU, and two orders of summing up to 4096 terms.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 # The interpreter's own; it says nothing about the kernels.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 SMALL = tiles.Tile(16, 16, 32, warps=4, stages=2)

@@ -169,3 +169,18 @@ def test_wrong_masks_are_named():
         ops.unpack_mask_bits(torch.zeros(1, 1, dtype=torch.int32), 33)
     with pytest.raises(TypeError, match="bits must be int32, got int64"):
         ops.unpack_mask_bits(torch.zeros(1, 1, dtype=torch.int64), 32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_values_and_gradients_on_the_gpu(gpu, dtype):
+    x, weight, mask, bias = (t.to(gpu) for t in case(65, 130, 200, dtype))
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    grad = torch.randn(65, 130, device=gpu).to(dtype)
+    y = ops.masked_linear(x, weight, ops.pack_mask_bits(mask), bias)
+    got = [y, *torch.autograd.grad(y, leaves, grad)]
+    want = dense(x, weight, mask, bias)
+    wanted = [want, *torch.autograd.grad(want, leaves, grad.double())]
+    for g, w in zip(got, wanted, strict=True):
+        # cuBLAS sums the gradients in float32 and rounds once, too; TF32 is off by default.
+        assert (g.double() - w.double()).abs().max() <= 4 * TOLERANCE[dtype] * w.abs().max()
