@@ -121,7 +121,8 @@ def masked_linear_kernel(
     tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-def _arch(x: Tensor) -> int:
+def arch_of(x: Tensor) -> int:
+    """Return the compute capability of x's device, 80 for 8.0."""
     if not x.is_cuda:  # Triton's interpreter
         return 80
     major, minor = torch.cuda.get_device_capability(x.device)
@@ -164,7 +165,7 @@ def launch(
     y = x.new_empty(M, N)
     if y.numel() == 0:
         return y
-    tile = tile or pick_tile("masked_linear", (M, N, K), 1.0, x.dtype, _arch(x))
+    tile = tile or pick_tile("masked_linear", (M, N, K), 1.0, x.dtype, arch_of(x))
     words = mask_bits.shape[1]
     panels, k_blocks = triton.cdiv(N, tile.n), triton.cdiv(K, tile.k)
     blocks = mask_bits.new_empty(panels, max(k_blocks, 1))
