@@ -134,14 +134,30 @@ LW_INLINE int64_t collect(const Buckets& buckets, int bucket, int64_t n, Read re
   return found;
 }
 
-// The pivot of a row with a positive score; alpha in [0, 1).
-Pivot find_pivot(const float* scores, int64_t n, double alpha, Range range, uint32_t* candidates) {
+// The smallest double that is >= float(alpha) * float(total) once rounded to float: the authors'
+// program compares sums in float32, and where a sum all but equals the limit this decides.
+LW_INLINE double authors_target(double alpha, double total) {
+  const float limit = float(alpha) * float(total);
+  if (limit == 0) return 0;
+  const double middle = 0.5 * (double(bits_to_float(float_to_bits(limit) - 1)) + double(limit));
+  if (float(middle) >= limit) return middle;
+  uint64_t pattern;
+  __builtin_memcpy(&pattern, &middle, sizeof pattern);
+  ++pattern;
+  double next;
+  __builtin_memcpy(&next, &pattern, sizeof next);
+  return next;
+}
+
+// The pivot of a row with a positive score.
+Pivot find_pivot(const float* scores, int64_t n, double alpha, bool authors_ties, Range range,
+                 uint32_t* candidates) {
   Buckets buckets;
   const auto score_at = [=](int64_t i) { return float_to_bits(scores[i]) & 0x7fffffffu; };
   fill(buckets, n, range.low, range.high, score_at);
   double total = 0, above = 0;
   for (int b = buckets.used - 1; b >= 0; --b) total += buckets.sums[0][b];
-  const double target = alpha * total;
+  const double target = authors_ties ? authors_target(alpha, total) : alpha * total;
   uint32_t low, high;
   int bucket = crossing(buckets, target, &above);
   int64_t found = collect(buckets, bucket, n, score_at, candidates, &low, &high);
@@ -210,8 +226,9 @@ int64_t mass_rows(const float* scores, bool* keep, int64_t rows, int64_t n, doub
       __builtin_memset(keep, 0, size_t(n));
       continue;
     }
-    const Pivot pivot = alpha == 1 ? lowest_positive(scores, n)
-                                   : find_pivot(scores, n, alpha, range, candidates);
+    const Pivot pivot = alpha == 1 && !authors_ties
+                            ? lowest_positive(scores, n)
+                            : find_pivot(scores, n, alpha, authors_ties, range, candidates);
     if (authors_ties) {
       keep_above(scores, keep, n, next_score(scores, n, pivot));
     } else {

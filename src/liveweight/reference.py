@@ -53,13 +53,14 @@ def mass_mask(scores: Tensor, alpha: float, authors_ties: bool) -> Tensor:
         return torch.zeros(R, n, dtype=torch.bool, device=scores.device)
     ranked, order = scores.sort(dim=1, descending=True, stable=True)
     mass = ranked.double().cumsum(1)  # [R, n]
+    total = mass[:, -1:]
+    if authors_ties:  # sums are compared in float32; the first dropped score and its ties go
+        kept = (mass.float() < alpha * total.float()).sum(1, keepdim=True) + 1
+        return scores > ranked.gather(1, kept.clamp(max=n - 1))
     positive = (ranked > 0).sum(1, keepdim=True)  # [R, 1]
+    kept = ((mass < alpha * total).sum(1, keepdim=True) + 1).minimum(positive)
     if alpha == 1:
         kept = positive
-    else:
-        kept = ((mass < alpha * mass[:, -1:]).sum(1, keepdim=True) + 1).minimum(positive)
-    if authors_ties:  # the first dropped score and its ties go; of n kept scores the last one goes
-        return scores > ranked.gather(1, kept.clamp(1, n - 1) if n > 1 else kept * 0)
     if alpha == 0:
         kept = kept * 0
     keep = torch.arange(n, device=scores.device) < kept  # [R, n], in descending order

@@ -21,8 +21,11 @@ def by_hand(scores: list[float], alpha: float, ties: str) -> list[bool]:
     """The rule, spelled out with Python numbers; exact for scores that are small integers."""
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     kept, mass = 0, 0.0
+    limit = alpha * sum(scores)
+    if ties == "authors":  # float32, as in their program
+        limit = float(torch.tensor(alpha) * torch.tensor(float(sum(scores))))
     for i in order:
-        if mass >= alpha * sum(scores) if alpha < 1 else scores[i] == 0:
+        if mass >= limit if alpha < 1 else scores[i] == 0:
             break
         mass += scores[i]
         kept += 1

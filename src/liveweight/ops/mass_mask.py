@@ -20,7 +20,8 @@ def mass_mask(scores: Tensor, alpha: float, *, ties: str = "stable") -> Tensor:
     alpha    share to keep, in [0, 1]; 1 keeps exactly the scores > 0
     ties     "stable": keep s(1)..s(p0), equal scores by lower index first; alpha = 0 or a row of
              zeros keeps nothing. "authors": keep the scores above s(p0 + 1), so the first dropped
-             score and its ties go, and at least one score of each row does
+             score and its ties go, and at least one score of each row does; sums are rounded
+             to float32 before they are compared, as their program's are
     returns  [R, n]  bool
 
     Raises TypeError for a wrong dtype, ValueError for a wrong shape, alpha or ties, and for a

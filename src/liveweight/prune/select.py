@@ -79,27 +79,14 @@ def _check_scores(target: Target, score: LayerScore) -> None:
             raise ValueError(f"layer '{target.name}': scores must be finite and >= 0")
 
 
-def _authors_mask(rows: Tensor, alpha: float) -> Tensor:
-    """The op's "authors" rule with sums rounded to float32 before they are compared.
-
-    The authors' program adds in float32. Where a sum meets alpha of the total to within 3e-8,
-    exact sums decide otherwise than theirs: one entry of 400,000 in their LeNet-5.
-    """
-    ranked = rows.sort(dim=1, descending=True).values  # [R, n]
-    mass = ranked.double().cumsum(1)
-    limit = alpha * mass[:, -1:].float()
-    pivot = (mass.float() < limit).sum(1, keepdim=True) + 1
-    return rows > ranked.gather(1, pivot.clamp(max=rows.shape[1] - 1))
-
-
 def _by_mass(score: LayerScore, alive: Keep, alpha: float, ties: str) -> Keep:
-    weight, bias = score.relative()
+    weight, bias = score.weight, score.bias
     rows = (weight * alive.weight).flatten(1)
     if bias is not None:
         bias = bias if alive.bias is None else bias * alive.bias
         rows = torch.cat([rows, bias.unsqueeze(1)], 1)
     rows = rows.float()
-    keep = _authors_mask(rows, alpha) if ties == "authors" else mass_mask(rows, alpha)
+    keep = mass_mask(rows, alpha, ties=ties)
     if bias is None:
         return Keep(keep.view_as(weight))
     return Keep(keep[:, :-1].reshape(weight.shape), keep[:, -1].contiguous())
@@ -122,7 +109,7 @@ def _by_ratio(
 ) -> dict[str, Keep]:
     """Rank the entries of all the given layers together."""
     names = list(scores)
-    flat = torch.cat([scores[n].relative()[0].flatten() for n in names])
+    flat = torch.cat([scores[n].weight.flatten() for n in names])
     live = torch.cat([alive[n].weight.flatten() for n in names])
     sizes = torch.cat(
         [torch.full((scores[n].weight.numel(),), targets[n].entry_size) for n in names]
