@@ -70,11 +70,6 @@ class Kernelwise:
         pattern.check_pattern("Kernelwise", names, self.filter_offsets, self.channels, size)
         wanted = (self.channels.numel(), *self.shape[2:])
         pattern.check_values("Kernelwise", self.values, wanted, self.channels)
-        if self.filter_offsets.device != self.channels.device:
-            raise ValueError(
-                f"Kernelwise: filter_offsets on {self.filter_offsets.device}, "
-                f"channels on {self.channels.device}"
-            )
         return self
 
     @property

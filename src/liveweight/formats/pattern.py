@@ -24,6 +24,8 @@ def check_pattern(
             raise TypeError(f"{owner}: {name} must be int32, got {_dtype(index)}")
         if index.dim() != 1:
             raise ValueError(f"{owner}: {name} must have 1 dimension, got {tuple(index.shape)}")
+    if offsets.device != columns.device:
+        raise ValueError(f"{owner}: {first} on {offsets.device}, {second} on {columns.device}")
     if offsets.numel() != rows + 1:
         raise ValueError(f"{owner}: expected {rows + 1} {first}, got {offsets.numel()}")
     if offsets[0] != 0:

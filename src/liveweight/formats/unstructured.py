@@ -60,11 +60,6 @@ class Unstructured:
             raise ValueError(f"Unstructured: shape must be (N, K), got {tuple(self.shape)}")
         pattern.check_pattern("Unstructured", names, self.row_offsets, self.columns, self.shape)
         pattern.check_values("Unstructured", self.values, (self.columns.numel(),), self.columns)
-        if self.row_offsets.device != self.columns.device:
-            raise ValueError(
-                f"Unstructured: row_offsets on {self.row_offsets.device}, "
-                f"columns on {self.columns.device}"
-            )
         return self
 
     @property
