@@ -11,8 +11,6 @@ import pathlib
 import secrets
 from collections.abc import Mapping
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -40,6 +38,8 @@ def _digest_of_manifest(manifest: Mapping) -> str:
 
 def serialize(tensors: Mapping[str, Tensor], manifest: Mapping) -> bytes:
     """Return the bytes of a safetensors file with these contiguous CPU tensors and the manifest."""
+    import safetensors.torch  # here, so that the kernels work where it is not installed
+
     record = {"manifest": manifest, "sha256": _digest_of_manifest(manifest)}
     metadata = {KEY: json.dumps(record, separators=(",", ":"))}
     return safetensors.torch.save(dict(tensors), metadata)
@@ -88,6 +88,8 @@ def read(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
     Raises ValueError that names the file and what is wrong: not safetensors, truncated, not ours,
     a newer manifest, a damaged manifest; FileNotFoundError where there is no file.
     """
+    import safetensors
+
     size = os.path.getsize(path)
     header = _read_header(path, size)
     manifest = _read_manifest(path, header)
