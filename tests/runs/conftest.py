@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -19,16 +20,17 @@ TINY = {
     "retrain": SHORT,
     "prune": {"alpha": 0.9, "iterations": 2, "samples": 50, "tolerance": 100.0},
     "compress": {"batch_sizes": [4]},
+    "threads": 1,
     "report": {"batch_sizes": [4], "torch_compile": False, "plots": False},
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny():
     """Return a function: recipe of a run of a second or two, with sections updated."""
 
     def make(**sections):
-        values = {key: dict(value) for key, value in TINY.items()}
+        values = copy.deepcopy(TINY)
         for key, value in sections.items():
             values[key] = values[key] | value if isinstance(value, dict) else value
         return from_dict(values)
@@ -44,7 +46,7 @@ def quick(monkeypatch):
         monkeypatch.setattr(compress, name, short)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def execute():
     """Run a recipe without output."""
     return functools.partial(prune_run.execute, reporter=Reporter(quiet=True))

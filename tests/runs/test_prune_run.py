@@ -55,14 +55,19 @@ def assert_same(first, second):
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.fixture
-def reference_run(tiny, execute, tmp_path, no_finish):
-    return everything(execute(tiny(), tmp_path / "whole"))
+@pytest.fixture(scope="module")
+def reference_run(tiny, execute, tmp_path_factory):
+    """Iterates and metrics of an uninterrupted run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "finish", lambda run: None)
+        return everything(execute(tiny(), tmp_path_factory.mktemp("whole") / "run"))
 
 
 # after epoch 1 of dense, its last epoch, and the first and last epoch of iteration 1
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])
-def test_a_resumed_run_equals_an_uninterrupted_one(tiny, execute, tmp_path, reference_run, stop):
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tiny, execute, tmp_path, no_finish, reference_run, stop
+):
     with pytest.raises(Interruption):
         execute(tiny(), tmp_path / "cut", on_epoch=interrupt_after(stop))
     done = []
@@ -72,7 +77,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny, execute, tmp_path, refe
 
 
 def test_an_epoch_that_was_cut_short_is_repeated(
-    tiny, execute, tmp_path, reference_run, monkeypatch
+    tiny, execute, tmp_path, no_finish, reference_run, monkeypatch
 ):
     real, calls = phase.train_epoch, []
 
@@ -88,6 +93,14 @@ def test_an_epoch_that_was_cut_short_is_repeated(
         execute(tiny(), tmp_path / "cut")
     monkeypatch.setattr(phase, "train_epoch", real)
     assert_same(everything(execute(tiny(), tmp_path / "cut")), reference_run)
+
+
+def test_a_convolutional_run_resumes_too(tiny, execute, tmp_path, no_finish):
+    recipe = tiny(model={"name": "lenet5"}, data={"limit": 40}, prune={"iterations": 1})
+    whole = everything(execute(recipe, tmp_path / "whole"))
+    with pytest.raises(Interruption):
+        execute(recipe, tmp_path / "cut", on_epoch=interrupt_after(3))
+    assert_same(everything(execute(recipe, tmp_path / "cut")), whole)
 
 
 def test_masks_hold_and_grow_from_iteration_to_iteration(reference_run):

@@ -101,6 +101,7 @@ def test_files_that_are_no_recipe(tmp_path, text, message):
         ({"data": {"size": [3]}}, r"data\.size"),
         ({"data": {"mean": [0.5], "std": []}}, r"data\.std must be as long"),
         ({"compress": {"batch_sizes": []}}, r"compress\.batch_sizes"),
+        ({"compress": {"min_speedup": 0.5}}, r"min_speedup must be 1 or more"),
         ({"device": "gpu"}, "device must be cpu, cuda"),
         ({"device": "cuda:77"}, "torch sees"),
         ({"threads": 0}, "threads must be 1 or more"),

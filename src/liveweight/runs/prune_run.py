@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from liveweight import prune
 from liveweight._check import near_misses
+from liveweight.compress.measure import torch_threads
 from liveweight.runs.data import Dataset, load_data
 from liveweight.runs.folder import RunFolder
 from liveweight.runs.models import build_model
@@ -40,12 +41,11 @@ def execute(
     """
     from liveweight.runs.finish import finish
 
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
-    run = PruningRun(recipe, out, reporter or Reporter(), on_epoch)
-    for iteration in range(run.folder.iterates_done(), recipe.prune.iterations + 1):
-        run.run_phase(iteration)
-    finish(run)
+    with torch_threads(recipe.threads):
+        run = PruningRun(recipe, out, reporter or Reporter(), on_epoch)
+        for iteration in range(run.folder.iterates_done(), recipe.prune.iterations + 1):
+            run.run_phase(iteration)
+        finish(run)
     return run.folder
 
 

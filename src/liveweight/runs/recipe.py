@@ -206,7 +206,7 @@ def check_values(recipe: Recipe) -> None:
         sizes = getattr(recipe, key).batch_sizes
         _demand(bool(sizes) and min(sizes) >= 1, f"{key}.batch_sizes", sizes, "numbers from 1 on")
     speedup = recipe.compress.min_speedup
-    _demand(speedup > 0, "compress.min_speedup", speedup, "above 0")
+    _demand(speedup >= 1, "compress.min_speedup", speedup, "1 or more: slower is never taken")
     threads = recipe.threads
     _demand(threads is None or threads >= 1, "threads", threads, "1 or more")
     _demand(0 <= recipe.seed < 2**63, "seed", recipe.seed, "in [0, 2**63)")
