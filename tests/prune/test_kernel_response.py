@@ -83,11 +83,9 @@ def test_scores_and_bias_of_a_convolution(conv, variant):
         raw = brute(conv, x.double().abs().mean(0)[None], lambda r: r.norm())
     bias = conv.bias.detach().double().abs() * conv(x)[0, 0].numel() ** 0.5
     total = raw.sum(1) + bias
-    torch.testing.assert_close(scores["0"], raw / total[:, None], rtol=2e-6, atol=0)
-    torch.testing.assert_close(scores.bias["0"], bias / total, rtol=2e-6, atol=0)
-    torch.testing.assert_close(
-        scores["0"].sum(1) + scores.bias["0"], torch.ones(conv.out_channels, dtype=torch.float64)
-    )
+    torch.testing.assert_close(scores["0"].double(), raw / total[:, None], rtol=2e-6, atol=0)
+    torch.testing.assert_close(scores.bias["0"].double(), bias / total, rtol=2e-6, atol=0)
+    torch.testing.assert_close(scores["0"].sum(1) + scores.bias["0"], torch.ones(conv.out_channels))
 
 
 def test_l1_is_the_same_number_in_both_variants(conv):

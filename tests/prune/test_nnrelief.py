@@ -24,8 +24,8 @@ def test_linear_scores_are_the_mean_of_the_products():
     products = (layer.weight.double() * x.double()[:, None]).abs().mean(0).detach()  # [out, in]
     bias = layer.bias.detach().double().abs()
     total = products.sum(1) + bias
-    torch.testing.assert_close(scores["0"], products / total[:, None], rtol=1e-6, atol=0)
-    torch.testing.assert_close(scores.bias["0"], bias / total, rtol=1e-6, atol=0)
+    torch.testing.assert_close(scores["0"].double(), products / total[:, None], rtol=1e-6, atol=0)
+    torch.testing.assert_close(scores.bias["0"].double(), bias / total, rtol=1e-6, atol=0)
 
 
 def test_extra_dimensions_are_samples():

@@ -103,7 +103,7 @@ def test_batches_of_every_form(data):
             return self.fc(x)
 
     model = Model()
-    weight = model.fc.weight.detach().abs().double()
+    weight = model.fc.weight.detach().abs()
     torch.testing.assert_close(score(model, data)["fc"], weight / weight.sum(1, keepdim=True))
 
 

@@ -30,8 +30,7 @@ class Batches:
             raise TypeError(f"steps must be an int or None, got {type(steps).__name__}")
         if steps is not None and steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        one_shot = iter(data) is data if passes > 1 else False
-        if passes > 1 and (one_shot or steps is not None):
+        if passes > 1 and (isinstance(data, Iterator) or steps is not None):
             data, steps = list(itertools.islice(data, steps)), None
         self._data, self._steps = data, steps
 

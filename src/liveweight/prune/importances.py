@@ -43,26 +43,23 @@ class Target:
         return self.module.weight.numel() // entries if entries else 1
 
 
+def score_dtype(weight: Tensor) -> torch.dtype:
+    """float32, or float64 for float64 weights."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
 @dataclass
 class LayerScore:
-    """Scores of one layer, all >= 0.
+    """Scores of one layer, all finite and >= 0, comparable between its units.
 
-    weight       float64 Target.score_shape
-    bias         float64 [out] where the bias competes with the connections under a mass rule
-    unit_total   float64 [out] S_j, where the importance is defined relative to its unit's total
+    weight       float32 or float64 (score_dtype), Target.score_shape
+    bias         [out] where the bias competes with the connections under a mass rule, else None
+    unit_total   float64 [out] what each unit's scores were divided by, where they were
     """
 
     weight: Tensor
     bias: Tensor | None = None
     unit_total: Tensor | None = None
-
-    def relative(self) -> tuple[Tensor, Tensor | None]:
-        """Return weight and bias scores divided by S_j; as they are where there is no S_j."""
-        if self.unit_total is None:
-            return self.weight, self.bias
-        total = torch.where(self.unit_total > 0, self.unit_total, 1.0)
-        bias = None if self.bias is None else self.bias / total
-        return self.weight / total.view(-1, *[1] * (self.weight.dim() - 1)), bias
 
 
 @runtime_checkable
@@ -106,7 +103,8 @@ class Magnitude:
         return None
 
     def score(self, target: Target, seen: Observer | None) -> LayerScore:
-        weight = target.module.weight.detach().double()
+        weight = target.module.weight.detach()
+        weight = weight.to(score_dtype(weight))
         if target.granularity == "kernel" and weight.dim() == 4:
             return LayerScore(weight.flatten(2).norm(dim=2))
         return LayerScore(weight.abs())
@@ -132,7 +130,7 @@ class Random:
 
     def score(self, target: Target, seen: Observer | None) -> LayerScore:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{target.name}".encode()))
-        scores = torch.rand(target.score_shape, generator=generator, dtype=torch.float64)
+        scores = torch.rand(target.score_shape, generator=generator)
         return LayerScore(scores.to(target.module.weight.device))
 
 

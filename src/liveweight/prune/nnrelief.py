@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from liveweight._check import near_misses
 from liveweight.prune.activity import Activity, Observer
-from liveweight.prune.importances import LayerScore, Target, importances
+from liveweight.prune.importances import LayerScore, Target, importances, score_dtype
 from liveweight.prune.kernel_response import (
     MeanKernelNorms,
     kernel_norms,
@@ -97,24 +98,31 @@ class NNRelief:
     def score(self, target: Target, seen: Observer) -> LayerScore:
         weight = target.module.weight.detach()
         if target.kind == "linear":
-            scores = weight.abs().double() * seen.mean
-            return _with_bias(target, scores, 1.0)
+            # In place, and not in float64: for a wide Linear this pass over the weights is what
+            # scoring costs beside the forward pass.
+            scores = weight.abs().to(score_dtype(weight))
+            return _relative(target, scores.mul_(seen.mean.to(scores.dtype)), 1.0)
         if isinstance(seen, MeanKernelNorms):
             scores = seen.mean
         else:
             norms = kernel_norms if target.granularity == "kernel" else weight_norms
             scores = norms(target.module, weight, seen.mean, self.norm)
         positions = output_positions(target.module, seen.shape)
-        return _with_bias(target, scores, positions if self.norm == "l1" else positions**0.5)
+        return _relative(target, scores, positions if self.norm == "l1" else positions**0.5)
 
 
-def _with_bias(target: Target, scores: Tensor, bias_norm: float) -> LayerScore:
-    """Add the bias as a connection; bias_norm is the norm of a map of ones."""
-    total = scores.flatten(1).sum(1)
-    if target.module.bias is None:
-        return LayerScore(scores, None, total)
-    bias = target.module.bias.detach().abs().double() * bias_norm
-    return LayerScore(scores, bias, total + bias)
+def _relative(target: Target, scores: Tensor, bias_norm: float) -> LayerScore:
+    """Divide by S_j; bias_norm is the norm of an output map of ones. Changes scores in place."""
+    total = scores.flatten(1).sum(1).double()
+    bias = None
+    if target.module.bias is not None:
+        bias = target.module.bias.detach().abs().double() * bias_norm
+        total = total + bias
+    divisor = torch.where(total > 0, total, 1.0)
+    dtype = score_dtype(target.module.weight)
+    bias = None if bias is None else (bias / divisor).to(dtype)
+    scores.div_(divisor.to(scores.dtype).view(-1, *[1] * (scores.dim() - 1)))
+    return LayerScore(scores.to(dtype), bias, total)
 
 
 importances["nnrelief"] = NNRelief

@@ -137,7 +137,8 @@ def drop_unread(plan: Plan, graph: Graph, shortcuts: dict[str, Tensor]) -> None:
     for name, layer in reversed(graph.layers.items()):
         block = blocks.get(name)
         end = block or layer
-        closed = end.closed or bool(end.feeds)
+        # A layer's feeds complete its followers; a block counts them in closed.
+        closed = end.closed or (block is None and bool(end.feeds))
         if layer.is_output or not closed or name not in plan.keeps:
             continue
         followers = block.consumers if block else layer.followers

@@ -71,7 +71,8 @@ def score(
     importance    a registered name or an object after prune.Importance
     granularity   "weight" or "kernel" (2-D slices of a convolution); default: the importance's own
     layers        only these; ignore: not these. Names, globs, "re:...", module types
-    returns       {layer name: float64 [out, in], or [out, in, r, s] for single conv weights}
+    returns       {layer name: [out, in], or [out, in, r, s] for single conv weights}: float32,
+                  float64 for float64 layers
 
     One pass over the data in eval mode, one read of each layer's input.
     Raises ValueError for empty data, data on another device, NaN activations (the layer is named),
@@ -89,9 +90,9 @@ def score(
     found = Scores()
     found.importance = importance.name
     for name, layer_score in scoring.scores().items():
-        found[name], bias = layer_score.relative()
-        if bias is not None:
-            found.bias[name] = bias
+        found[name] = layer_score.weight
+        if layer_score.bias is not None:
+            found.bias[name] = layer_score.bias
         found.kinds[name], found.granularity[name] = targets[name].kind, targets[name].granularity
     idle = {name: "never called with this data" for name in targets if name not in scoring.called}
     found.notes = [f"'{n}' left alone: {why}" for n, why in (left | idle).items()] + notes
