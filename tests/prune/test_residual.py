@@ -150,3 +150,25 @@ def test_a_bare_shortcut_is_weighed_but_kept(nets):
     report = prune_(model, DATA, importance=PLAIN, alpha=0.9)
     assert not model[0].conv2.weight_mask[2].any()
     assert any("not a module that could be masked" in n for n in report.notes)
+
+
+def test_a_block_that_is_also_an_output_loses_no_unit(nets):
+    class Tap(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nets.Block(3, 3, 1, nn.Identity())
+            self.second = nets.Block(3, 3, 1, nn.Identity())
+            self.last = nn.Conv2d(3, 2, 1)
+
+        def forward(self, x):
+            tap = self.first(x)
+            return tap, self.last(self.second(tap))
+
+    torch.manual_seed(0)
+    model = Tap().eval()
+    with torch.no_grad():
+        model.second.conv1.weight[:, 1] = 0
+    quiet(model.second.bn2, 1, 1e4)
+    prune_(model, DATA, importance=NNRelief(), alpha=0.999)
+    assert not model.second.shortcut[-1].mask[1]
+    assert model.first.conv2.weight_mask[1].any()

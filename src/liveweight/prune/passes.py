@@ -103,8 +103,8 @@ def run_pass(
         blocks = [b for b in graph.residual_blocks if b.conv2 in targets]
     watched = [(block, residual.watches(plan.model, block)) for block in blocks]
     watches = [*scoring.watches, *units, *(w for _, pair in watched for w in pair)]
-    if watches:
-        scoring.called |= observe(plan.model, watches, data) & set(targets)
+    called = observe(plan.model, watches, data) if watches else set()
+    scoring.called |= called & set(targets)
     plan.update(select(scoring.scores(), targets, plan.keeps, rule, _ties(importance)))
     for watch in units:
         name = watch.name.removesuffix(" (output)")
@@ -112,11 +112,11 @@ def run_pass(
             drop_dead(plan, graph.layers[name], watch.observer.alive)
     notes = []
     for block, pair in watched:
-        maps: list[Tensor] = [w.observer.mean for w in pair]
+        maps: list[Tensor] = [w.observer.mean for w in pair if w.name in called]
         if len(maps) == 2:
             notes.append(residual.apply_rule(plan, block, *maps, rule.alpha["conv"]))
         else:
-            notes.append(f"block '{block.name}': its shortcut is no module; kept, not weighed")
+            notes.append(f"block '{block.name}': its shortcut was not seen; kept, not weighed")
     return scoring.called, [n for n in notes if n]
 
 
