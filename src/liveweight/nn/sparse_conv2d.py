@@ -109,13 +109,15 @@ class SparseConv2d(SparseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return pool(act(conv2d(x, W) + b)) for x [B, C, H, W] or [C, H, W]."""
+        # Looked up in their dicts: nn.Module's attribute lookup costs a microsecond each.
+        parameters, buffers = self._parameters, self._buffers
         return apply_kernelwise(
             x,
-            self.values,
-            self.filter_offsets,
-            self.channels,
+            parameters["values"],
+            buffers["filter_offsets"],
+            buffers["channels"],
             self.in_channels,
-            self.bias,
+            parameters["bias"],
             self.stride,
             self.padding,
             self.dilation,

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from liveweight import _library, reference
 from liveweight.formats import Kernelwise
-from liveweight.ops.unstructured_linear import check_activation
+from liveweight.ops.unstructured_linear import check_activation, check_bias
 
 Pair = tuple[int, int]
 _NAME = "kernelwise_conv2d"
@@ -58,7 +58,7 @@ def kernelwise_conv2d(
 
 def make_pair(name: str, value: int | Pair, least: int) -> Pair:
     """Return value as (height, width); raise unless it is one or two whole numbers >= least."""
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
         raise ValueError(f"{_NAME}: {name} must be a whole number or two, got {value!r}")
     if min(pair) < least:
@@ -88,27 +88,33 @@ def apply_kernelwise(
     pool: int,
 ) -> Tensor:
     """Check the operands, add a batch of one where needed and run the op; weight comes unpacked."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{_NAME}: x must be a tensor, got {type(x).__name__}")
     if x.dim() == 3:
         batch = x[None]
         rest = (in_channels, bias, stride, padding, dilation, groups, relu, pool)
         return apply_kernelwise(batch, values, filter_offsets, channels, *rest)[0]
     x = _check(x, values, filter_offsets, in_channels, bias)
-    _check_size(x, values, stride, padding, dilation, pool)
+    for d in (0, 1):
+        room = x.size(2 + d) + 2 * padding[d] - dilation[d] * (values.size(1 + d) - 1) - 1
+        if room < 0 or room // stride[d] + 1 < pool:
+            _raise_too_small(x, values, stride, padding, dilation, pool)
     if not x.is_contiguous():
         x = x.contiguous()
-    settings = (stride, padding, dilation, groups, relu, pool)
+    args = (x, values, filter_offsets, channels, bias)
+    args += (stride, padding, dilation, groups, relu, pool)
     if torch.is_grad_enabled() and (
         x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _KernelwiseConv2d.apply(x, values, filter_offsets, channels, bias, *settings)
-    return _forward(x, values, filter_offsets, channels, bias, *settings)
+        return _KernelwiseConv2d.apply(*args)
+    return _forward(*args)
 
 
 def _check(
     x: Tensor, values: Tensor, filter_offsets: Tensor, in_channels: int, bias: Tensor | None
 ) -> Tensor:
     """Return x, cast under autocast as nn.Conv2d does; raise where operands do not fit."""
-    if x.dim() != 4 or x.shape[1] != in_channels:
+    if x.dim() != 4 or x.size(1) != in_channels:
         got = tuple(x.shape)
         raise ValueError(f"{_NAME}: expected x [B, {in_channels}, H, W] or one sample, got {got}")
     if x.dtype is not values.dtype:
@@ -116,26 +122,17 @@ def _check(
             raise TypeError(f"{_NAME}: expected x {_dtype(values)} like values, got {_dtype(x)}")
         x = x.to(values.dtype)
     if bias is not None:
-        if bias.shape[0] != filter_offsets.shape[0] - 1 or bias.dim() != 1:
-            wanted = filter_offsets.shape[0] - 1
-            raise ValueError(f"{_NAME}: expected bias [{wanted}], got {tuple(bias.shape)}")
-        if bias.dtype is not values.dtype:
-            raise TypeError(f"{_NAME}: expected bias {_dtype(values)}, got {_dtype(bias)}")
+        check_bias(_NAME, bias, filter_offsets.numel() - 1, values.dtype)
     return x
 
 
-def _check_size(
-    x: Tensor, values: Tensor, stride: Pair, padding: Pair, dilation: Pair, pool: int
-) -> None:
-    """Raise unless the output has at least one row and column."""
-    size, kernel = x.shape[2:], values.shape[1:]
-    height, width = reference.conv2d_size(size, kernel, stride, padding, dilation)
-    if height < pool or width < pool:
-        raise ValueError(
-            f"{_NAME}: x of {tuple(size)} is too small for kernel {tuple(kernel)}, "
-            f"stride {stride}, padding {padding}, dilation {dilation}, pool {pool}: "
-            f"the convolution gives {(height, width)}"
-        )
+def _raise_too_small(x, values, stride, padding, dilation, pool) -> None:
+    size, kernel = tuple(x.shape[2:]), tuple(values.shape[1:])
+    raise ValueError(
+        f"{_NAME}: x of {size} is too small for kernel {kernel}, stride {stride}, "
+        f"padding {padding}, dilation {dilation}, pool {pool}: the convolution gives "
+        f"{reference.conv2d_size(size, kernel, stride, padding, dilation)}"
+    )
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -58,8 +58,7 @@ def apply_unstructured(
     relu: bool,
 ) -> Tensor:
     """Check the operands, flatten the batch and run the op; the parts of weight come unpacked."""
-    if x.dtype is not values.dtype or x.shape[-1:] != (in_features,) or bias is not None:
-        x = _check(x, values, row_offsets, in_features, bias)
+    x = _check(x, values, row_offsets, in_features, bias)
     flat = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), in_features)
     if not flat.is_contiguous():
         flat = flat.contiguous()
@@ -79,19 +78,26 @@ def _check(
     name = "unstructured_linear"
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: x must be a tensor, got {type(x).__name__}")
-    if x.dim() == 0 or x.shape[-1] != in_features:
+    if x.dim() == 0 or x.size(-1) != in_features:
         raise ValueError(f"{name}: expected x [..., {in_features}], got {tuple(x.shape)}")
     if x.dtype is not values.dtype:
         if not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
             raise TypeError(f"{name}: expected x {_dtype(values)} like values, got {_dtype(x)}")
         x = x.to(values.dtype)
     if bias is not None:
-        out_features = row_offsets.numel() - 1
-        if bias.shape != (out_features,):
-            raise ValueError(f"{name}: expected bias [{out_features}], got {tuple(bias.shape)}")
-        if bias.dtype is not values.dtype:
-            raise TypeError(f"{name}: expected bias {_dtype(values)}, got {_dtype(bias)}")
+        check_bias(name, bias, row_offsets.numel() - 1, values.dtype)
     return x
+
+
+def check_bias(op: str, bias: Tensor, size: int, dtype: torch.dtype) -> None:
+    """Raise TypeError or ValueError unless bias is a tensor [size] of this dtype."""
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{op}: bias must be a tensor or None, got {type(bias).__name__}")
+    if bias.dim() != 1 or bias.size(0) != size:
+        raise ValueError(f"{op}: expected bias [{size}], got {tuple(bias.shape)}")
+    if bias.dtype is not dtype:
+        wanted = str(dtype).removeprefix("torch.")
+        raise TypeError(f"{op}: expected bias {wanted}, got {_dtype(bias)}")
 
 
 def _dtype(tensor: Tensor) -> str:
