@@ -46,6 +46,7 @@ LW_INLINE Vec activate(Vec v, Vec shift, bool use_relu) {
 LW_INLINE void finish_rows(const float* in, int64_t step, int64_t rows, int64_t columns, float bias,
                            bool use_relu, float* y) {
   const Vec shift = broadcast(bias);
+  if (step == columns) columns *= rows, step = columns, rows = 1;
   for (int64_t r = 0; r < rows; ++r, in += step, y += columns) {
     int64_t c = 0;
     for (; c + kLanes <= columns; c += kLanes) store(y + c, activate(load(in + c), shift, use_relu));

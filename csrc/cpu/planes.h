@@ -64,7 +64,11 @@ namespace liveweight::LW_ISA {
 constexpr int kWide = kLanes >= 16 ? 16 : 8;
 
 LW_INLINE void fill_zero(float* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = 0.0f;
+  for (; count >= kLanes; count -= kLanes, out += kLanes) {
+    store(out, zero());
+    asm volatile("");  // else this becomes a call of memset, slow for the few floats beside a row
+  }
+  if (count > 0) store_first(out, zero(), int(count));
 }
 
 // out[i] = in[i * step]
@@ -93,6 +97,8 @@ LW_INLINE int64_t first_index(int64_t limit, int64_t stride, int64_t phase, int6
 // All phases of one picture, zeros around it.
 LW_INLINE void fill_planes(const float* x, const Picture& picture, const PlaneShape& shape, float* out) {
   const int64_t sh = picture.stride[0], sw = picture.stride[1];
+  const bool same = picture.height == shape.height && picture.width == shape.width;
+  if (same && sh == 1 && sw == 1) return copy_row(x, 1, out, shape.height * shape.width);
   for (int64_t i = 0; i < shape.phase_count; ++i) {
     const Phase at = shape.phases[i];
     const int64_t top = clamp(first_index(0, sh, at.row, picture.padding[0]), 0, shape.height);
