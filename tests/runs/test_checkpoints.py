@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import pytest
@@ -67,6 +68,16 @@ def test_prune_resumes_by_folder(run, capsys, quick):
     out = capsys.readouterr().out
     assert "prune and retrain 2/2" in out and "prune and retrain 1/2" not in out
     assert (run / "result.json").is_file()
+
+
+def test_a_moved_run_resumes_where_it_is(tiny, execute, tmp_path, capsys, quick):
+    recipe = dataclasses.replace(tiny(prune={"iterations": 0}), out=str(tmp_path / "old"))
+    execute(recipe, recipe.out)
+    (tmp_path / "old").rename(tmp_path / "new")
+    (tmp_path / "new" / "result.json").unlink()
+    assert cli.main(["prune", str(tmp_path / "new")]) == 0
+    assert (tmp_path / "new" / "result.json").is_file() and not (tmp_path / "old").exists()
+    assert "keep iteration 0: nothing was pruned" in capsys.readouterr().out
 
 
 def test_bench_of_a_run(run, capsys, quick):

@@ -12,6 +12,7 @@ result.json, report.md, plots/*.png
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -86,7 +87,8 @@ class RunFolder:
                 f"{folder.path}: not empty and not a run folder; choose another --out"
             )
         (folder.path / "iterates").mkdir(parents=True, exist_ok=True)
-        write_atomic(folder.path / "recipe.yaml", recipe.to_yaml().encode())
+        plain = dataclasses.replace(recipe, out=None)  # the folder may be moved
+        write_atomic(folder.path / "recipe.yaml", plain.to_yaml().encode())
         return folder
 
     def _check_same(self, recipe: Recipe) -> None:
