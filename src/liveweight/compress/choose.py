@@ -42,7 +42,8 @@ def compress_(
     """Replace pruned layers by sparse ones where that is measurably faster; never slower.
 
     Every Linear and Conv2d with zeros is timed dense and in every fitting format, in turns, on
-    the input it really receives, alone and joined with a ReLU and max pooling behind it. The
+    the input it really receives, alone and joined with a ReLU and max pooling behind it; so is a
+    Conv2d without zeros that has something to join. The
     fastest replaces it if the lower quartile of dense time / its time reaches min_speedup.
     At the end the whole model is timed dense and compressed; choices that do not help are undone.
 
@@ -143,6 +144,9 @@ class _Chooser:
         chain = Chain(name, module, found.inputs.pop(name)[0])
         if found.calls[name] == 1:
             chain.tail = chains.find_tail(self.model, layer, found.calls)
+        if row.density == 1.0 and not chain.tail:
+            row.reason = "dense: it has no zeros, and nothing follows that it could take in"
+            return None
         try:
             candidates, refused = build(chain, formats_for(module, self.formats, self.device))
         except ValueError as error:
@@ -219,16 +223,15 @@ class _Chooser:
 
 def _row(name: str, module: nn.Module) -> ChoiceRow | None:
     """Return the row of a module that has weights, None for any other."""
-    if swap.is_sparse(module):
-        format_name = swap.format_name(module)
-        row = ChoiceRow(name, _kind(module), module.density, format_name, reason="already sparse")
-        row.parts = tuple(module.parts)
-        return row
-    weight = module._parameters.get("weight")
+    weight = module.weight if swap.is_sparse(module) else module._parameters.get("weight")
     if weight is None or weight.dim() < 2:
         return None
     density = float(torch.count_nonzero(weight.detach())) / max(1, weight.numel())
-    return ChoiceRow(name, _kind(module), density)
+    row = ChoiceRow(name, _kind(module), density)
+    if swap.is_sparse(module):
+        row.chosen, row.parts = swap.format_name(module), tuple(module.parts)
+        row.reason = "already sparse"
+    return row
 
 
 def _kind(module: nn.Module) -> str:
@@ -243,7 +246,7 @@ def _why_not(name: str, module: nn.Module, row: ChoiceRow, tied: set[int], paths
     """Say why a module gets no candidates; "" where it does."""
     if type(module) not in (nn.Linear, nn.Conv2d):
         return f"left alone: {type(module).__name__} is not supported"
-    if row.density == 1.0:
+    if row.density == 1.0 and type(module) is nn.Linear:
         return "dense: it has no zeros"
     if not name:
         return "left alone: the model itself is this layer; put it into a container"
