@@ -27,7 +27,7 @@ def recipes() -> str:
     rows = []
     for name, path in built_in_recipes().items():
         comment = [s[1:].strip() for s in path.read_text().splitlines() if s.startswith("#")]
-        rows.append((name, " ".join(comment).split(". ")[0].rstrip(".:")))
+        rows.append((name, " ".join(comment).partition(". ")[0].rstrip(".:")))
     return columns(("recipe", "what it does"), rows)
 
 

@@ -109,8 +109,8 @@ class Phase:
         )
         self._save()
         run.reporter.epoch_done(
-            f"epoch {self.epoch}/{self.recipe.epochs}: loss {loss:.4f}, "
-            f"validation {100 * accuracy:.2f} %"
+            f"{self.epoch}/{self.recipe.epochs}",
+            f"loss {loss:.4f}, validation {100 * accuracy:.2f} %",
         )
 
     def _keep_best(self, accuracy: float, loss: float) -> None:

@@ -28,7 +28,7 @@ class Reporter:
             return
         columns = (
             TextColumn("{task.description:<22}"),
-            BarColumn(),
+            BarColumn(bar_width=14),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
@@ -53,8 +53,8 @@ class Reporter:
         finally:
             bars.remove_task(task)
 
-    def epoch_done(self, text: str) -> None:
+    def epoch_done(self, epoch: str, text: str) -> None:
         if self._bars is None:
-            self.say("  " + text)
+            self.say(f"  epoch {epoch}: {text}")
         else:
             self._bars.update(self._epochs, advance=1, note=text)
