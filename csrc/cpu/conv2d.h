@@ -11,7 +11,6 @@
 namespace liveweight {
 
 constexpr int64_t kSlack = 64;         // floats past the last plane that whole vectors may read
-constexpr double kParallelMacs = 5e5;  // multiply-adds that outweigh waking the threads
 
 struct ConvSizes {
   int64_t B, C, H, W, filters, groups;
@@ -49,6 +48,33 @@ inline ConvSizes conv_sizes(const char* op, const std::vector<int64_t>& x_shape,
     (d ? s.width : s.height) = room / s.stride[d] + 1;
   }
   return s;
+}
+
+// Output gradient of the shape that the sizes say; its data.
+inline const float* check_grad(const char* op, const Tensor& grad, const ConvSizes& s) {
+  const float* data = checked_data<float>(op, "grad", grad, 4, ScalarType::Float);
+  LW_CHECK(grad.size(0) == s.B && grad.size(1) == s.filters && grad.size(2) == s.height &&
+               grad.size(3) == s.width,
+           op, ": expected grad [", s.B, ", ", s.filters, ", ", s.height, ", ", s.width, "], got ",
+           shape_of(grad));
+  return data;
+}
+
+// Threads worth waking for so many kept kernels.
+inline int64_t threads_for(const ConvSizes& s, int64_t kept) {
+  const double taps = double(kept) * double(s.kernel[0] * s.kernel[1]);
+  const bool small = taps * double(s.B) * double(s.height * s.width) < 5e5;
+  return small ? 1 : int64_t(torch::stable::get_num_threads());
+}
+
+// Whether each worker takes samples of its own; else all share the work on each sample.
+inline bool split_samples(const ConvSizes& s, int64_t threads) {
+  return threads == 1 || s.B % threads == 0 || s.B >= 8 * threads;
+}
+
+// x as forward cuts it into planes.
+inline Picture picture_of(const ConvSizes& s) {
+  return {s.H, s.W, {s.stride[0], s.stride[1]}, {s.padding[0], s.padding[1]}};
 }
 
 struct KeptKernels {

@@ -166,14 +166,32 @@ struct Conv {
 
   void run(int64_t kept) const {
     if (sizes.B == 0 || sizes.filters == 0) return;
-    const double macs = double(sizes.B) * double(kept) * double(job.kernel_size) *
-                        double(sizes.height * sizes.width);
-    const int64_t threads = macs < kParallelMacs ? 1 : int64_t(torch::stable::get_num_threads());
-    const bool even = sizes.B % threads == 0 || sizes.B >= 8 * threads;
-    if (threads == 1 || even) run_by_sample(threads);
+    const int64_t threads = threads_for(sizes, kept);
+    if (split_samples(sizes, threads)) run_by_sample(threads);
     else run_by_filter(threads);
   }
 };
+
+// Fills in everything about the job that sizes and taps decide; the job points into the plan.
+void plan_job(const ConvSizes& s, int64_t pool, TapPlan& plan, ConvJob& job) {
+  const int64_t height = s.height + plan.reach[0], exact = s.width + plan.reach[1];
+  const int64_t phases = int64_t(plan.phases.size());
+  job.rows = s.height / pool * pool;
+  job.columns = s.width;
+  job.pool = pool;
+  const bool flat = prefer_flat(job.rows, s.width, exact, s.kernel[0] * s.kernel[1] == 1);
+  const int64_t width = flat ? exact : round_width(exact);
+  const int64_t size = (phases * height * width + 15) / 16 * 16;
+  plan_runs(s, height, width, false, flat, plan);
+  job.picture = picture_of(s);
+  job.planes = {height, width, size, plan.phases.data(), phases};
+  job.sweep = {plan.runs.data(), int64_t(plan.runs.size()), size, width, flat};
+  job.group_channels = s.C / s.groups;
+  job.group_filters = std::max<int64_t>(s.filters / s.groups, 1);
+  job.kernel_size = int32_t(s.kernel[0] * s.kernel[1]);
+  job.scratch_step = flat ? width : (s.width + 15) / 16 * 16;
+  job.band = pick_band(job.rows, s.C * phases * width, job.scratch_step, pool);
+}
 
 Tensor kernelwise_conv2d(const Tensor& x, const Tensor& values, const Tensor& filter_offsets,
                          const Tensor& channels, const std::optional<Tensor>& bias,
@@ -181,8 +199,9 @@ Tensor kernelwise_conv2d(const Tensor& x, const Tensor& values, const Tensor& fi
                          std::vector<int64_t> dilation, int64_t groups, bool relu, int64_t pool) {
   const char* op = "kernelwise_conv2d";
   Conv conv{};
+  ConvJob& job = conv.job;
   conv.x = checked_data<float>(op, "x", x, 4, ScalarType::Float);
-  conv.job.values = checked_data<float>(op, "values", values, 3, ScalarType::Float);
+  job.values = checked_data<float>(op, "values", values, 3, ScalarType::Float);
   const ConvSizes s = conv.sizes =
       conv_sizes(op, {x.size(0), x.size(1), x.size(2), x.size(3)}, filter_offsets.numel() - 1,
                  {values.size(1), values.size(2)}, stride, padding, dilation, groups);
@@ -191,33 +210,15 @@ Tensor kernelwise_conv2d(const Tensor& x, const Tensor& values, const Tensor& fi
   LW_CHECK(pool >= 1 && pool <= std::min(s.height, s.width), op, ": cannot pool ", s.height, " x ",
            s.width, " by ", pool);
   if (bias) {
-    conv.job.bias = checked_data<float>(op, "bias", *bias, 1, ScalarType::Float);
+    job.bias = checked_data<float>(op, "bias", *bias, 1, ScalarType::Float);
     LW_CHECK(bias->numel() == s.filters, op, ": expected bias [", s.filters, "], got ", shape_of(*bias));
   }
-  TapPlan plan = plan_taps(s);
-  const int64_t height = s.height + plan.reach[0], exact = s.width + plan.reach[1];
-  const int64_t rows = s.height / pool * pool;
-  const bool flat = prefer_flat(rows, s.width, exact, s.kernel[0] * s.kernel[1] == 1);
-  const int64_t width = flat ? exact : round_width(exact);
-  plan_runs(s, height, width, false, flat, plan);
-  ConvJob& job = conv.job;
-  job.picture = {s.H, s.W, {s.stride[0], s.stride[1]}, {s.padding[0], s.padding[1]}};
-  const int64_t phases = int64_t(plan.phases.size());
-  const int64_t size = (phases * height * width + 15) / 16 * 16;
-  job.planes = {height, width, size, plan.phases.data(), phases};
-  job.sweep = {plan.runs.data(), int64_t(plan.runs.size()), size, width, flat};
-  job.group_channels = s.C / groups;
-  job.group_filters = std::max<int64_t>(s.filters / groups, 1);
   job.offsets = kept.offsets;
   job.channels = kept.channels;
-  job.kernel_size = int32_t(s.kernel[0] * s.kernel[1]);
   job.relu = relu;
-  job.pool = pool;
-  job.rows = rows;
-  job.columns = s.width;
-  job.scratch_step = flat ? width : (s.width + 15) / 16 * 16;
-  job.band = pick_band(rows, s.C * phases * width, job.scratch_step, pool);
-  Tensor y = torch::stable::new_empty(x, {s.B, s.filters, rows / pool, s.width / pool});
+  TapPlan plan = plan_taps(s);
+  plan_job(s, pool, plan, job);
+  Tensor y = torch::stable::new_empty(x, {s.B, s.filters, s.height / pool, s.width / pool});
   conv.y = static_cast<float*>(y.mutable_data_ptr());
   conv.run(kept.count);
   return y;
