@@ -35,7 +35,7 @@ def test_rows_are_named_and_compared(nets):
 
 def test_ratio_is_time_over_the_first_rows_time(nets):
     def measure(calls, **_):
-        return Timings({"model": [10.0, 20.0, 10.0], "slow": [30.0, 50.0, 30.0]})
+        return Timings({"model": [10.0, 12.0, 10.0], "slow": [30.0, 30.0, 30.0]})
 
     model = nets.FunctionalNet()
     result = benchmark(model, torch.randn(2, 12), {"slow": model}, measure=measure)
@@ -43,6 +43,9 @@ def test_ratio_is_time_over_the_first_rows_time(nets):
     assert result.rounds == 3
     text = result.table()
     assert "slow" in text and "3.00" in text and str(result) == text
+    assert not result.busy and "other programs" not in text
+    result.busy = True
+    assert "other programs ran on this machine" in result.table()
     report = json.loads(result.to_json())
     assert report["rows"][1]["median_us"] == 30.0 and report["machine"]["torch"]
 

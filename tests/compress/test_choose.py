@@ -12,6 +12,7 @@ from torch import nn
 
 import liveweight.nn as lwnn
 from liveweight.compress import compress_
+from liveweight.compress.measure import BUSY_NOTE, Timings
 
 
 @pytest.fixture
@@ -267,6 +268,16 @@ def test_gpu_takes_only_kernels_of_its_own(monkeypatch):
     assert candidates.formats_for(nn.Conv2d(1, 1, 1), names, gpu) == ["kernelwise"]
     with pytest.raises(ValueError, match="no CUDA kernel for unstructured_linear"):
         candidates.formats_for(nn.Linear(1, 1), names, gpu)
+
+
+def test_disturbed_measurements_are_noted(nets, lenet):
+    model, x = lenet
+
+    def busy(calls, **options):
+        timings = nets.Clock(**nets.ALL_FASTER)(calls, **options)
+        return Timings(timings.samples, preemptions=1e4)
+
+    assert compress_(model, x, measure=busy).notes.count(BUSY_NOTE) == 1
 
 
 def test_failure_restores_everything(nets, lenet):

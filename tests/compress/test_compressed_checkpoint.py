@@ -147,6 +147,18 @@ def test_layers_without_bias_and_with_padding(nets, path):
         load(path, other)
 
 
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_padding_by_name(nets, path, padding):
+    def build():
+        return nn.Sequential(nn.Conv2d(2, 4, (3, 5), padding=padding, dilation=(2, 1)))
+
+    model = nets.sparsify(build(), 0.4)
+    x = torch.randn(2, 2, 9, 9)
+    compress_(model, x, measure=nets.Clock(**nets.ALL_FASTER))
+    save(model, path)
+    assert torch.equal(model(x), load(path, build())(x))
+
+
 def test_frozen_and_half_precision_layers(nets, path):
     model = nets.sparsify(nets.LeNet(), 0.2)
     x = torch.randn(2, 1, 16, 16)

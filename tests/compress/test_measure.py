@@ -122,6 +122,20 @@ def test_quantiles():
     assert Timings({"a": [1.0, 2.0, 3.0, 4.0, 5.0]}).quartiles_us("a") == (2.0, 4.0)
 
 
+def test_busy_machines_are_noticed():
+    calm = Timings({"a": [10.0, 10.5, 11.0, 10.2]})
+    assert not calm.busy
+    assert Timings({"a": [10.0, 10.0, 90.0, 90.0]}).busy
+    assert Timings(calm.samples, preemptions=400.0).busy
+    assert calm.merged(Timings(calm.samples, preemptions=400.0)).busy
+
+
+def test_calm_rounds_decide_what_load_only_adds_to():
+    timings = Timings({"dense": [10.0] * 3 + [500.0] * 9, "a": [5.0] * 12})
+    assert timings.speedup("a", "dense") == 100.0
+    assert timings.calm_speedup("a", "dense") == 2.0
+
+
 def test_threads_come_back():
     before = torch.get_num_threads()
     with pytest.raises(KeyError), torch_threads(before + 1):

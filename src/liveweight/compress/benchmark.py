@@ -20,7 +20,13 @@ from liveweight.compress.inputs import (
     evaluating,
     max_difference,
 )
-from liveweight.compress.measure import Timings, measure_calls, quantile, torch_threads
+from liveweight.compress.measure import (
+    BUSY_NOTE,
+    Timings,
+    measure_calls,
+    quantile,
+    torch_threads,
+)
 from liveweight.compress.report import format_table
 
 
@@ -50,11 +56,15 @@ class BenchmarkRow:
 
 @dataclass
 class BenchmarkResult:
-    """Rows in the order given, the number of rounds, and the machine they were measured on."""
+    """Rows in the order given, the number of rounds, and the machine they were measured on.
+
+    busy    other programs disturbed the measurement
+    """
 
     rows: list[BenchmarkRow] = field(default_factory=list)
     rounds: int = 0
     machine: dict[str, object] = field(default_factory=dict)
+    busy: bool = False
 
     def __getitem__(self, name: str) -> BenchmarkRow:
         for row in self.rows:
@@ -70,7 +80,8 @@ class BenchmarkResult:
         ]
         table = format_table(["name", "us", "IQR", "ratio", "difference"], rows)
         about = ", ".join(f"{key} {value}" for key, value in self.machine.items())
-        return f"{table}\n{self.rounds} paired rounds; {about}"
+        note = f"\n{BUSY_NOTE}" if self.busy else ""
+        return f"{table}\n{self.rounds} paired rounds; {about}{note}"
 
     def to_json(self) -> str:
         """Return every field as a JSON object."""
@@ -115,7 +126,7 @@ def benchmark(
         timings = measure(calls, budget_s=budget_s, max_rounds=max_rounds, device=device)
         machine = machine_facts(device)
     rows = [_row(name, timings, outputs) for name in candidates]
-    return BenchmarkResult(rows, len(timings.samples["model"]), machine)
+    return BenchmarkResult(rows, len(timings.samples["model"]), machine, timings.busy)
 
 
 def _named(against: Sequence[Callable] | Mapping[str, Callable]) -> dict[str, Callable]:

@@ -22,7 +22,7 @@ from liveweight.compress.inputs import (
     evaluating,
     run,
 )
-from liveweight.compress.measure import Timings, measure_calls
+from liveweight.compress.measure import BUSY_NOTE, Timings, measure_calls
 from liveweight.compress.replacement import Replacement
 from liveweight.compress.report import ChoiceRow, CompressReport
 
@@ -44,7 +44,8 @@ def compress_(
     Every Linear and Conv2d with zeros is timed dense and in every fitting format, in turns, on
     the input it really receives, alone and joined with a ReLU and max pooling behind it; so is a
     Conv2d without zeros that has something to join. The
-    fastest replaces it if the lower quartile of dense time / its time reaches min_speedup.
+    fastest replaces it if the lower quartile of dense time / its time over the rounds reaches
+    min_speedup, and if it does so in the calmest rounds too.
     At the end the whole model is timed dense and compressed; choices that do not help are undone.
 
     model           changed in place; weights never change, masks go where the zeros are in a
@@ -169,22 +170,23 @@ class _Chooser:
         calls = {"dense": chain.dense(), **{c.label: c.call for c in candidates}}
 
         def measure(budget: float) -> Timings:
-            return self.measure(
-                calls,
-                budget_s=budget * self.budget_s,
-                device=self.device,
-                give_up_beyond=GIVE_UP_BEYOND,
-            )
+            return self._time(calls, budget, give_up_beyond=GIVE_UP_BEYOND)
 
         return decide(measure, self.threshold, density)
+
+    def _time(self, calls: dict[str, Callable], budget: float, **options) -> Timings:
+        options |= {"budget_s": budget * self.budget_s, "device": self.device}
+        timings = self.measure(calls, **options)
+        if timings.busy and BUSY_NOTE not in self.report.notes:
+            self.report.notes.append(BUSY_NOTE)
+        return timings
 
     def _measure_whole(self, chosen: list[Replacement]) -> None:
         """Time the whole model dense and compressed; undo the weaker half until it is faster."""
         chosen = sorted(chosen, key=lambda r: r.saved_us)
         while chosen:
-            timings, faster = decide_whole(lambda budget, s=chosen: self._time_whole(s, budget))
-            ratio = timings.speedup("compressed", "dense")
-            if faster:
+            timings, ratio = decide_whole(lambda budget, s=chosen: self._time_whole(s, budget))
+            if ratio >= 1.0:
                 self.report.dense_us = timings.median_us("dense")
                 self.report.compressed_us = timings.median_us("compressed")
                 self.report.speedup = ratio
@@ -211,12 +213,8 @@ class _Chooser:
             return self.model(*self.inputs.args, **self.inputs.kwargs)
 
         with evaluating(self.model):
-            timings = self.measure(
-                {"dense": call, "compressed": call},
-                prepare={"dense": make_dense, "compressed": make_sparse},
-                budget_s=budget * self.budget_s,
-                device=self.device,
-            )
+            prepare = {"dense": make_dense, "compressed": make_sparse}
+            timings = self._time({"dense": call, "compressed": call}, budget, prepare=prepare)
         make_sparse()
         return timings
 

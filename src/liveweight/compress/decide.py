@@ -13,7 +13,7 @@ LONGER = 3.0
 
 @dataclass
 class Verdict:
-    """winner: label of the candidate to take, "dense" for none; speedup: its median ratio."""
+    """winner: label of the candidate to take, "dense" for none; speedup: dense / its time."""
 
     winner: str
     speedup: float
@@ -24,38 +24,46 @@ class Verdict:
 def decide(measure: Callable[[float], Timings], min_speedup: float, density: float) -> Verdict:
     """Measure the candidates, close calls again and longer, and name the winner.
 
-    A candidate is taken if the lower quartile of its per-round speed-ups reaches min_speedup; of
-    several such, the one with the highest median. measure(factor) times "dense" (first) and the
-    candidates with that multiple of the usual budget.
+    A candidate is taken if the lower quartile of its per-round speed-ups reaches min_speedup, and
+    so does the ratio of the fastest tenths of the rounds; of several such, the one with the
+    highest speed-up. measure(factor) times "dense" (first) and the candidates with that multiple
+    of the usual budget.
     """
     timings = measure(1.0)
     labels = [name for name in timings.samples if name != "dense"]
     if any(_is_close(timings, name, "dense", min_speedup) for name in labels):
         timings = timings.merged(measure(LONGER))
-    ranked = sorted(labels, key=lambda name: timings.speedup(name, "dense"), reverse=True)
+    ranked = sorted(labels, key=lambda name: _speedup(timings, name, "dense"), reverse=True)
     times = {name: timings.median_us(name) for name in timings.samples}
     for name in ranked:
         if _lower(timings, name, "dense") >= min_speedup:
-            ratio = timings.speedup(name, "dense")
+            ratio = _speedup(timings, name, "dense")
             reason = f"{name} is {ratio:.2f}x as fast as dense at {density:.1%} density"
             return Verdict(name, ratio, reason, times)
     return Verdict("dense", 1.0, _why_dense(timings, ranked[0], min_speedup, density), times)
 
 
-def decide_whole(measure: Callable[[float], Timings]) -> tuple[Timings, bool]:
-    """Time "dense" and "compressed", a close call again; is compressed no slower by the median.
+def decide_whole(measure: Callable[[float], Timings]) -> tuple[Timings, float]:
+    """Time "dense" and "compressed", a close call again; return the times and the speed-up.
 
-    The median and not the lower quartile: each layer has already been shown to be faster, and a
-    small gain drowns in the noise of a large model. This is the veto against what adds up badly.
+    Below 1.0 the choices are undone. The median of the rounds counts and not the lower quartile:
+    each layer has already been shown to be faster, and a small gain drowns in the noise of a
+    large model. This is the veto against what adds up badly.
     """
     timings = measure(2.0)
     if _is_close(timings, "compressed", "dense", 1.0):
         timings = timings.merged(measure(2.0 * LONGER))
-    return timings, timings.speedup("compressed", "dense") >= 1.0
+    return timings, _speedup(timings, "compressed", "dense")
+
+
+def _speedup(timings: Timings, name: str, base: str) -> float:
+    """The median of the paired ratios, or the ratio in calm rounds where that is lower."""
+    return min(timings.speedup(name, base), timings.calm_speedup(name, base))
 
 
 def _lower(timings: Timings, name: str, base: str) -> float:
-    return quantile(timings.speedups(name, base), 0.25)
+    lower = quantile(timings.speedups(name, base), 0.25)
+    return min(lower, timings.calm_speedup(name, base))
 
 
 def _is_close(timings: Timings, name: str, base: str, threshold: float) -> bool:
@@ -66,7 +74,7 @@ def _is_close(timings: Timings, name: str, base: str, threshold: float) -> bool:
 
 
 def _why_dense(timings: Timings, best: str, min_speedup: float, density: float) -> str:
-    ratio, low = timings.speedup(best, "dense"), _lower(timings, best, "dense")
+    ratio, low = _speedup(timings, best, "dense"), _lower(timings, best, "dense")
     at = f"at {density:.1%} density"
     if ratio < 1.0:
         return f"dense is faster: {best} runs at {ratio:.2f}x of its speed {at}"

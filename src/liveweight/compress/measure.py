@@ -12,11 +12,22 @@ from dataclasses import dataclass
 
 import torch
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
+
 Call = Callable[[], object]
 
 # A slot is long against the clock's own cost (about 0.1 us) and short against a scheduler's tick.
 SLOT_US = 300.0
 MAX_REPEATS = 1000
+# Signs that something else ran on the machine: an interquartile range above this share of the
+# median, or more than so many preemptions of this process per second. A call on several threads
+# then waits for a scheduler's slice (some ms) at every barrier, in the fastest rounds too.
+BUSY_SPREAD = 0.5
+BUSY_PREEMPTIONS = 100.0
+BUSY_NOTE = "other programs ran on this machine: measure again when it is quiet"
 
 
 @dataclass(frozen=True)
@@ -24,11 +35,13 @@ class Timings:
     """Microseconds per call: one list per name, entry i of every list from the same round i.
 
     A name in `screened` was so slow in the warm-up that it was left out of the rounds: its list
-    holds the warm-up's figure alone.
+    holds the warm-up's figure alone. `preemptions` are per second (0 where the system has no
+    figure).
     """
 
     samples: Mapping[str, list[float]]
     screened: frozenset[str] = frozenset()
+    preemptions: float = 0.0
 
     def median_us(self, name: str) -> float:
         """Return the median over the rounds."""
@@ -49,12 +62,31 @@ class Timings:
         """Return the median of the per-round speed-ups."""
         return statistics.median(self.speedups(name, base))
 
+    def calm_speedup(self, name: str, base: str) -> float:
+        """Return the 10th percentile of the base's times over the own one.
+
+        Other work on the machine only ever adds time, and adds most to calls that use several
+        threads; the fastest rounds are those it disturbed least.
+        """
+        return quantile(self.samples[base], 0.1) / max(quantile(self.samples[name], 0.1), 1e-9)
+
+    def spread(self, name: str) -> float:
+        """Return the interquartile range as a fraction of the median."""
+        low, high = self.quartiles_us(name)
+        return (high - low) / max(self.median_us(name), 1e-9)
+
+    @property
+    def busy(self) -> bool:
+        """True where other programs disturbed the measurement."""
+        spread = max(self.spread(name) for name in self.samples)
+        return spread > BUSY_SPREAD or self.preemptions > BUSY_PREEMPTIONS
+
     def merged(self, more: Timings) -> Timings:
         """Return the rounds of two measurements of the same names together."""
         screened = self.screened | more.screened
         joined = {name: [*own, *more.samples[name]] for name, own in self.samples.items()}
         joined.update({name: [statistics.median(joined[name])] for name in screened})
-        return Timings(joined, screened)
+        return Timings(joined, screened, max(self.preemptions, more.preemptions))
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -99,13 +131,19 @@ def measure_calls(
         names = [n for n in calls if n not in screened]
         samples: dict[str, list[float]] = {n: [] for n in names}
         deadline = clock() + budget_s * 1e9 * len(names)
-        rounds = 0
+        start, start_s, rounds = _preemptions(), time.perf_counter(), 0
         while rounds < min_rounds or (rounds < max_rounds and clock() < deadline):
             for name in _order(names, rounds):
                 samples[name].append(timer.time_us(name))
             rounds += 1
+        preemptions = (_preemptions() - start) / max(time.perf_counter() - start_s, 1e-3)
     samples.update({n: [first_us[n]] for n in screened})
-    return Timings({n: samples[n] for n in calls}, screened)
+    return Timings({n: samples[n] for n in calls}, screened, preemptions)
+
+
+def _preemptions() -> int:
+    """Return how often the scheduler has taken a core away from this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
 
 
 def _order(names: list[str], index: int) -> list[str]:

@@ -151,14 +151,13 @@ class Rebuild:
     def _sparse(self, name: str, entry: dict, old: nn.Module) -> nn.Module:
         weight = self.tensors[f"{name}.weight"]
         keep = self.tensors.get(f"{name}.kernels", self.masks[f"{name}.weight"])
-        follows = torch.equal(keep, weight.ne(0)) if keep.dim() == weight.dim() else False
         new = swap.make_sparse(
             swap.dense_like(old, entry["sizes"], weight, self.tensors.get(f"{name}.bias")),
             entry["format"],
             activation=entry["activation"],
             pool=entry.get("pool", 1),
             parts=(name, *entry["parts"]) if entry["parts"] else (),
-            keep=None if follows else keep,
+            keep=keep.to(old.weight.device),
         )
         if "from" in entry:
             new.shrunk_from = dict(entry["from"])

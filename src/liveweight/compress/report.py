@@ -106,7 +106,8 @@ class ChoiceRow:
     density     non-zero weights / weights
     chosen      format name, or "dense"
     candidates  name -> median microseconds of the chain (layer and what follows in `chain`)
-    speedup     median of the paired dense / chosen ratios on this layer's input; 1.0 for dense
+    speedup     dense / chosen on this layer's input: the median of the paired ratios, or the ratio
+                of the fastest tenths of the rounds where that is lower; 1.0 for dense
     chain       names of the modules that were timed together
     parts       names of the modules joined into the chosen one; empty where none were
     """
@@ -130,8 +131,8 @@ class ChoiceRow:
 class CompressReport(Report):
     """What compress_ chose, layer by layer, and the whole model measured before and after.
 
-    dense_us, compressed_us, speedup  the whole model on the example inputs, medians of paired
-                                      rounds; None where nothing was changed
+    dense_us, compressed_us  the whole model on the example inputs, medians of paired rounds
+    speedup                  their ratio, reckoned like a layer's; None where nothing was changed
     """
 
     layers: list[ChoiceRow] = field(default_factory=list)

@@ -51,8 +51,19 @@ def _sparse_entry(name: str, module: nn.Module) -> dict:
 
 def conv_attributes(module: nn.Module) -> dict[str, object]:
     """Return what makes a convolution beside its sizes, as JSON values."""
-    values = {name: getattr(module, name, "zeros") for name in _CONV}
+    values = {name: getattr(module, name) for name in _CONV}
+    values["padding"] = _padding(module)
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def _padding(module: nn.Module) -> str | tuple[int, ...]:
+    """Return "same" and "valid" in numbers, as sparse modules hold them; uneven "same" as it is."""
+    if module.padding == "valid":
+        return (0,) * len(module.kernel_size)
+    if module.padding == "same":
+        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return "same" if any(t % 2 for t in total) else tuple(t // 2 for t in total)
+    return module.padding
 
 
 def absorbed(name: str, module: nn.Module) -> list[tuple[str, str]]:

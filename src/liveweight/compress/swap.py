@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from liveweight import nn as sparse_nn
-from liveweight.formats import Kernelwise, Unstructured
+from liveweight.formats import Unstructured
 
 # format -> (dense type it replaces, op that serves it)
 FORMATS: dict[str, tuple[type, str]] = {
@@ -51,30 +51,16 @@ def make_sparse(
 
     Raises what its from_dense raises.
     """
-    if keep is not None:
-        return _with_kept_zeros(dense, name, keep, activation, pool, parts)
     if isinstance(dense, nn.Linear):
-        module = sparse_nn.SparseLinear.from_dense(dense, name, activation=activation)
+        module = sparse_nn.SparseLinear.from_dense(dense, name, activation=activation, mask=keep)
     else:
-        module = sparse_nn.SparseConv2d.from_dense(dense, name, activation=activation, pool=pool)
+        module = sparse_nn.SparseConv2d.from_dense(
+            dense, name, activation=activation, pool=pool, mask=keep
+        )
     module.parts = tuple(parts)
     module.values.requires_grad_(dense.weight.requires_grad)
     if module.bias is not None:
         module.bias.requires_grad_(dense.bias.requires_grad)
-    return module
-
-
-def _with_kept_zeros(dense, name, keep, activation, pool, parts) -> nn.Module:
-    """Let ones stand for the kept zeros while the pattern is found, then put the values right."""
-    weight = dense.weight
-    kind = Unstructured if isinstance(dense, nn.Linear) else Kernelwise
-    exact = kind.from_dense(weight, keep.to(weight.device))
-    ones = dataclasses.replace(exact, values=torch.ones_like(exact.values)).to_dense()
-    dense.weight = nn.Parameter(ones, requires_grad=weight.requires_grad)
-    module = make_sparse(dense, name, activation=activation, pool=pool, parts=parts)
-    dense.weight = weight
-    with torch.no_grad():
-        module.values.copy_(exact.values)
     return module
 
 
@@ -94,24 +80,14 @@ def dense_like(
     return dense
 
 
-def sparse_weight(module: nn.Module) -> Unstructured | Kernelwise:
-    """Return a sparse module's weight as a value of its format."""
-    values = module.values.detach()
-    if isinstance(module, sparse_nn.SparseLinear):
-        shape = (module.out_features, module.in_features)
-        return Unstructured(values, module.row_offsets, module.columns, shape)
-    shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
-    return Kernelwise(values, module.filter_offsets, module.channels, shape)
-
-
 @torch.no_grad()
 def dense_weight(module: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return (weight, kept entries, kept kernels) of a sparse module, for a checkpoint.
 
     The kept kernels are None where they follow from the kept entries; entries that are zero
-    inside a kept kernel are not kept.
+    inside a kept kernel are not kept, and come back as +0.0.
     """
-    sparse = sparse_weight(module)
+    sparse = module.pack()
     weight = sparse.to_dense()
     ones = dataclasses.replace(sparse, values=torch.ones_like(sparse.values)).to_dense()
     if isinstance(sparse, Unstructured):
