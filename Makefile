@@ -5,6 +5,7 @@ PYTHON ?= $(VENV)/bin/python
 TORCH  ?= torch==2.13.0
 BASE   ?= python3
 OUT    ?= runs/lenet5-digits
+BENCH  ?= benchmarks
 PIP     = $(PYTHON) -m pip --disable-pip-version-check
 
 .PHONY: demo test lint format build bench gpu clean
@@ -28,7 +29,7 @@ build:
 	$(PYTHON) csrc/build/compile_native.py
 
 bench: $(VENV)/.dev build
-	$(PYTHON) -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only \
+	$(PYTHON) -m pytest $(BENCH) -o python_files='bench_*.py' --benchmark-only \
 	  --benchmark-columns=median,iqr,rounds --benchmark-sort=name --benchmark-group-by=group
 
 # On a machine with a GPU, with its own python3 and no network: build, tests, benchmarks, results.
