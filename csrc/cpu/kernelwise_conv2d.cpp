@@ -37,6 +37,10 @@ void conv_fill(const float* x, const ConvJob& job, int64_t begin, int64_t end, f
   }
 }
 
+LW_INLINE void fill_row(float* out, float value, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = value;
+}
+
 LW_INLINE Vec activate(Vec v, Vec shift, bool use_relu) {
   v = v + shift;
   return use_relu ? relu(v) : v;
@@ -94,11 +98,15 @@ void conv_filters(const float* planes, const ConvJob& job, int64_t begin, int64_
       const int32_t first = job.offsets[o];
       const KernelList kernels{job.values + int64_t(first) * job.kernel_size, job.channels + first,
                                nullptr, job.offsets[o + 1] - first, job.kernel_size};
+      const float bias = job.bias ? job.bias[o] : 0.0f;
+      float* to = y + (o * out_rows + r0 / job.pool) * out_columns;
+      if (kernels.count == 0) {
+        fill_row(to, job.relu && bias < 0.0f ? 0.0f : bias, rows / job.pool * out_columns);
+        continue;
+      }
       const int64_t group = o / job.group_filters * job.group_channels;
       convolve(planes + group * job.planes.size + r0 * job.planes.width, kernels, job.sweep, rows,
                job.columns, scratch, job.scratch_step);
-      const float bias = job.bias ? job.bias[o] : 0.0f;
-      float* to = y + (o * out_rows + r0 / job.pool) * out_columns;
       if (job.pool == 1) {
         finish_rows(scratch, job.scratch_step, rows, job.columns, bias, job.relu, to);
       } else {

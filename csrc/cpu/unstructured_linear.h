@@ -121,7 +121,8 @@ struct Linear {
 
   void run() const {
     if (M == 0 || N == 0) return;
-    const int64_t threads = threads_for(double(w.kept) * double(M));
+    // A gathered multiply-add takes as long as six in lanes.
+    const int64_t threads = threads_for(double(w.kept) * double(M == 1 ? 6 : M));
     if (M == 1) {
       return parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
         const int64_t from = share_rows(w.rows.offsets, N, begin, threads);
