@@ -1,11 +1,11 @@
 """liveweight: keep the weights that carry activity, and run what is left measurably faster.
 
-    report = lw.prune_(model, data, alpha=0.95)      # score by activity, attach masks
-    keep = lw.keep_masks(model, optimizer)           # retrain: zeros stay exact
-    lw.strip_(model)                                 # zeros become permanent
-    lw.shrink_(model, example_inputs)                # dead neurons and channels go
-    print(lw.compress_(model, example_inputs))       # faster modules, where they measure faster
-    lw.save(model, "net.safetensors")
+report = lw.prune_(model, data, alpha=0.95)      # score by activity, attach masks
+keep = lw.keep_masks(model, optimizer)           # retrain: zeros stay exact
+lw.strip_(model)                                 # zeros become permanent
+lw.shrink_(model, example_inputs)                # dead neurons and channels go
+print(lw.compress_(model, example_inputs))       # faster modules, where they measure faster
+lw.save(model, "net.safetensors")
 """
 
 from __future__ import annotations

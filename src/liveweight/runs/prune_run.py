@@ -42,10 +42,11 @@ def execute(
     """
     from liveweight.runs.finish import finish
 
-    with torch_threads(recipe.threads), denormals_flushed():
-        run = PruningRun(recipe, out, reporter or Reporter(), on_epoch)
-        for iteration in range(run.folder.iterates_done(), recipe.prune.iterations + 1):
-            run.run_phase(iteration)
+    with torch_threads(recipe.threads):
+        with denormals_flushed():
+            run = PruningRun(recipe, out, reporter or Reporter(), on_epoch)
+            for iteration in range(run.folder.iterates_done(), recipe.prune.iterations + 1):
+                run.run_phase(iteration)
         finish(run)
     return run.folder
 
