@@ -12,7 +12,7 @@ from liveweight.formats import pattern
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Kernelwise:
+class Kernelwise(pattern.PackedWeight):
     """A convolution weight W of shape (Cout, Cin / groups, kh, kw) as a list of kept kernels.
 
     W[o, channels[i]] = values[i] for filter_offsets[o] <= i < filter_offsets[o + 1], else zero.
@@ -71,22 +71,6 @@ class Kernelwise:
         wanted = (self.channels.numel(), *self.shape[2:])
         pattern.check_values("Kernelwise", self.values, wanted, self.channels)
         return self
-
-    @property
-    def density(self) -> float:
-        """Fraction of kernels kept, in [0, 1]; 0 for a weight without kernels."""
-        total = self.shape[0] * self.shape[1]
-        return self.channels.numel() / total if total else 0.0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of values and indices together."""
-        return sum(t.numel() * t.element_size() for t in self._tensors())
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the values."""
-        return self.values.device
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.values, self.filter_offsets, self.channels

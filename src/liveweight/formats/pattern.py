@@ -6,6 +6,32 @@ import torch
 from torch import Tensor
 
 
+class PackedWeight:
+    """Sizes of a format: a dataclass with a shape, values, and per-entry indices as last tensor."""
+
+    shape: tuple[int, ...]
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        """Return values, offsets and indices."""
+        raise NotImplementedError
+
+    @property
+    def density(self) -> float:
+        """Fraction of entries (Kernelwise: 2-D kernels) kept, in [0, 1]; 0 where there are none."""
+        total = self.shape[0] * self.shape[1]
+        return self._tensors()[-1].numel() / total if total else 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and indices together."""
+        return sum(t.numel() * t.element_size() for t in self._tensors())
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the values."""
+        return self._tensors()[0].device
+
+
 def expand_rows(row_offsets: Tensor, kept: int) -> Tensor:
     """Return the row of each kept entry: int64 [kept]."""
     rows = torch.arange(row_offsets.numel() - 1, device=row_offsets.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from torch import Tensor
 
 from liveweight._packing import csr_pattern
@@ -12,7 +11,7 @@ from liveweight.formats import pattern
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Unstructured:
+class Unstructured(pattern.PackedWeight):
     """A sparse matrix W of shape (N, K), row after row.
 
     W[n, columns[i]] = values[i] for row_offsets[n] <= i < row_offsets[n + 1], zero elsewhere.
@@ -61,22 +60,6 @@ class Unstructured:
         pattern.check_pattern("Unstructured", names, self.row_offsets, self.columns, self.shape)
         pattern.check_values("Unstructured", self.values, (self.columns.numel(),), self.columns)
         return self
-
-    @property
-    def density(self) -> float:
-        """Fraction of entries kept, in [0, 1]; 0 for a matrix without entries."""
-        total = self.shape[0] * self.shape[1]
-        return self.values.numel() / total if total else 0.0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of values and indices together."""
-        return sum(t.numel() * t.element_size() for t in self._tensors())
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the values."""
-        return self.values.device
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.values, self.row_offsets, self.columns
