@@ -5,13 +5,13 @@
 // the result do not depend on the GPU or on the run.
 //
 // Floor: one read of x. bytes(x) / 4.3 TB/s on an H200 (its measured copy bandwidth), e.g. 15.6 us
-// for 8192 x 4096 bf16. The partials of columns, 32 bytes per column and split, are written and read
-// beside it, mostly in L2: 6 % of x each in that example, 25 % at the worst (64 rows per split). The
-// two launches cost a few microseconds, which small inputs will show.
+// for 8192 x 4096 bf16. The partials of columns, 32 bytes per column and split, are written and
+// read beside it, mostly in L2: 6 % of x each in that example, 25 % at the worst (64 rows per
+// split). The two launches cost a few microseconds, which small inputs will show.
 //
 // Precision: each thread sums at most kWindow terms in float before it adds them to a double; all
-// terms are >= 0, so the relative error of the sums is below kWindow * 2^-24 = 1.9e-6. x^2 is formed
-// in float: |x| above 1.8e19 gives inf. NaN stays NaN in both sums and in the maximum.
+// terms are >= 0, so the relative error of the sums is below kWindow * 2^-24 = 1.9e-6. x^2 is
+// formed in float: |x| above 1.8e19 gives inf. NaN stays NaN in both sums and in the maximum.
 #pragma once
 
 #include <cmath>
@@ -259,8 +259,8 @@ static __global__ void __launch_bounds__(kWarp* kCombineLines)
   }
 }
 
-// Both stages. launch(kernel, grid_x, grid_y, threads, arguments...) starts a kernel; partials holds
-// plan.splits * 4 * plan.width doubles. eps >= 0.
+// Both stages. launch(kernel, grid_x, grid_y, threads, arguments...) starts a kernel; partials
+// holds plan.splits * 4 * plan.width doubles. eps >= 0.
 template <typename T, typename Launch>
 void activity_stats(const T* x, Extent e, const Plan& plan, double eps, double* partials,
                     double* stats, Launch launch) {

@@ -1,8 +1,8 @@
 // activity_stats of csrc/cuda on the CPU: reads cases from a file, writes their results to another.
 //
-// A case is the header below and N * F * P elements; a result is an int32 length of an error message
-// (0: none), then either the message or 4 * F doubles. `--barriers` prints the source lines of the
-// barriers that the cases met.
+// A case is the header below and N * F * P elements; a result is an int32 length of an error
+// message (0: none), then either the message or 4 * F doubles. `--barriers` prints the source lines
+// of the barriers that the cases met.
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>

@@ -1,13 +1,13 @@
 // Runs CUDA C++ kernels on the CPU: every CUDA thread is a fibre (ucontext), blocks run one by one.
 //
-// A fibre runs until it meets a barrier or a warp collective; then the schedule (forward, reverse or
-// random) picks the next one. That finds wrong indexing, tails and masks, missing barriers (the
+// A fibre runs until it meets a barrier or a warp collective; then the schedule (forward, reverse
+// or random) picks the next one. That finds wrong indexing, tails and masks, missing barriers (the
 // order decides the result), collectives that not all lanes reach, barriers in divergent code, and
 // deadlocks; built with -fsanitize=address,undefined also out-of-bounds and misaligned accesses.
 // Not modelled: the memory model between synchronisations, timing, bank conflicts.
 //
-// Include it first (-include cuda_host.h) and compile the kernel's .cuh as ordinary C++. Single
-// host thread; __shared__ becomes static, so it holds what the previous block left there, as on a GPU.
+// Include it first (-include cuda_host.h) and compile the kernel's .cuh as ordinary C++. One host
+// thread; __shared__ becomes static, so it holds what the previous block left, as on a GPU.
 #pragma once
 
 #include "fibres.h"

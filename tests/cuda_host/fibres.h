@@ -151,9 +151,9 @@ class Machine {
   }
 
   unsigned pick() {
-    auto chosen = options.order == Order::kForward   ? std::min_element(ready_.begin(), ready_.end())
-                  : options.order == Order::kReverse ? std::max_element(ready_.begin(), ready_.end())
-                                                     : ready_.begin() + random_() % ready_.size();
+    auto chosen = ready_.begin() + random_() % ready_.size();
+    if (options.order == Order::kForward) chosen = std::min_element(ready_.begin(), ready_.end());
+    if (options.order == Order::kReverse) chosen = std::max_element(ready_.begin(), ready_.end());
     const unsigned i = *chosen;
     *chosen = ready_.back();
     ready_.pop_back();

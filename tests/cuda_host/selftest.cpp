@@ -66,7 +66,8 @@ int wrong_halves() {
     _Float16 half;
     std::memcpy(&half, &bits, sizeof half);
     const float want = float(half), got = liveweight::cuda::to_float(liveweight::cuda::Half{bits});
-    wrong += !(got == want || (got != got && want != want)) || std::signbit(got) != std::signbit(want);
+    const bool same = got == want || (got != got && want != want);
+    wrong += !same || std::signbit(got) != std::signbit(want);
   }
   return wrong;
 }
