@@ -16,7 +16,7 @@ def dense(x, weight):
 
 
 def dense_prepacked(x, weight):
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.to_mkldnn(), x.shape[0])
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
     return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 

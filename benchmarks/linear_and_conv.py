@@ -26,7 +26,7 @@ BATCHES = (1, 8, 64)
 def linear_calls(shape: tuple[int, int], batch: int, sparsity: float) -> dict:
     rows, columns = shape
     weight, x = pruned_linear(rows, columns, sparsity), torch.randn(batch, columns)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.to_mkldnn(), batch)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, batch)
     sparse = lw.formats.Unstructured.from_dense(weight)
     return {
         "dense": lambda: F.linear(x, weight),
