@@ -40,16 +40,12 @@ def choose_iterate(recipe: PruneRecipe, rows: list[dict]) -> tuple[int, str]:
     if recipe.keep == "best":
         return best, "highest validation accuracy among the pruned"
     floor = accuracy(0) - recipe.tolerance / 100
+    margin = f"{recipe.tolerance:g} point{'' if recipe.tolerance == 1 else 's'}"
     inside = [i for i in pruned if accuracy(i) >= floor - 1e-9]
     if not inside:
-        return best, (
-            f"none is within {recipe.tolerance:g} points of dense validation accuracy; "
-            "this one loses least"
-        )
+        return best, (f"none is within {margin} of dense validation accuracy; this one loses least")
     smallest = min(inside, key=lambda i: (rows[i]["kept"], -accuracy(i)))
-    return smallest, (
-        f"fewest weights within {recipe.tolerance:g} points of dense validation accuracy"
-    )
+    return smallest, (f"fewest weights within {margin} of dense validation accuracy")
 
 
 def finish(run: PruningRun) -> None:
