@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import pathlib
+import sys
+
 import pytest
 import torch
 
 import liveweight as lw
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for shapes.py under importlib mode
 
 
 def pytest_addoption(parser):
