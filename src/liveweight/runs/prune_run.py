@@ -12,6 +12,7 @@ import json
 import pathlib
 from collections.abc import Callable, Iterator
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -60,6 +61,8 @@ def denormals_flushed() -> Iterator[None]:
     an unfairly slow thing to compare with. Worker threads take the setting from the thread that
     starts them, so those that already run keep theirs.
     """
+    for kind in (numpy.float32, numpy.float64):
+        numpy.finfo(kind)  # measured once and remembered; numpy warns if that happens in here
     torch.set_flush_denormal(True)
     try:
         yield
