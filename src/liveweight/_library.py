@@ -1,4 +1,4 @@
-"""The op namespace: every schema in one table, the compiled libraries, and who serves which op.
+"""The op namespace: every schema of the table, the compiled libraries, and who serves which op.
 
 The torch dispatcher is the only switch. Each op has its plain PyTorch reference registered for all
 devices; a compiled library or a Triton launcher, where present, takes its own device over.
@@ -15,83 +15,10 @@ from types import ModuleType
 
 import torch
 
+from liveweight._schemas import SCHEMAS
+
 NAMESPACE = "liveweight"
 _HERE = pathlib.Path(__file__).parent
-
-SCHEMAS: dict[str, str] = {
-    "activity_stats_": """(
-        Tensor(a!) stats,
-        Tensor x,
-        float eps
-    ) -> ()""",
-    "mass_mask": """(
-        Tensor scores,
-        float alpha,
-        bool authors_ties
-    ) -> Tensor""",
-    "unstructured_linear": """(
-        Tensor x,
-        Tensor values,
-        Tensor row_offsets,
-        Tensor columns,
-        Tensor? bias,
-        bool relu
-    ) -> Tensor""",
-    "unstructured_linear_grad_x": """(
-        Tensor grad,
-        Tensor values,
-        Tensor row_offsets,
-        Tensor columns,
-        int in_features
-    ) -> Tensor""",
-    "unstructured_linear_grad_values": """(
-        Tensor grad,
-        Tensor x,
-        Tensor row_offsets,
-        Tensor columns
-    ) -> Tensor""",
-    "kernelwise_conv2d": """(
-        Tensor x,
-        Tensor values,
-        Tensor filter_offsets,
-        Tensor channels,
-        Tensor? bias,
-        int[2] stride,
-        int[2] padding,
-        int[2] dilation,
-        int groups,
-        bool relu,
-        int pool
-    ) -> Tensor""",
-    "kernelwise_conv2d_grad_x": """(
-        Tensor grad,
-        Tensor values,
-        Tensor filter_offsets,
-        Tensor channels,
-        int[4] x_shape,
-        int[2] stride,
-        int[2] padding,
-        int[2] dilation,
-        int groups
-    ) -> Tensor""",
-    "kernelwise_conv2d_grad_values": """(
-        Tensor grad,
-        Tensor x,
-        Tensor filter_offsets,
-        Tensor channels,
-        int[2] kernel_size,
-        int[2] stride,
-        int[2] padding,
-        int[2] dilation,
-        int groups
-    ) -> Tensor""",
-    "masked_linear": """(
-        Tensor x,
-        Tensor weight,
-        Tensor mask_bits,
-        Tensor? bias
-    ) -> Tensor""",
-}
 
 lib = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():

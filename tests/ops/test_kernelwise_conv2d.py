@@ -289,7 +289,7 @@ def test_kernels_agree_with_the_references(case):
 def test_reference_works_through_its_batches_in_parts(monkeypatch):
     case = Case(batch=5)
     x, weight, packed, bias = case.make()
-    monkeypatch.setattr(reference, "_CHUNK", 2 * packed.channels.numel() * 99)
+    monkeypatch.setattr("liveweight.reference.parts._CHUNK", 2 * packed.channels.numel() * 99)
     index = (packed.filter_offsets, packed.channels)
     got = reference.kernelwise_conv2d(x, packed.values, *index, bias, *case.settings, False, 1)
     assert_close(got, expected(x, weight, bias, case), 54)

@@ -210,7 +210,7 @@ def test_kernels_agree_with_the_references():
 def test_reference_works_through_its_batches_in_parts(monkeypatch):
     x, weight, packed, bias = make(20, 30, 50)
     grad, index = torch.randn(20, 30), (packed.row_offsets, packed.columns)
-    monkeypatch.setattr(reference, "_CHUNK", 3 * packed.values.numel())
+    monkeypatch.setattr("liveweight.reference.parts._CHUNK", 3 * packed.values.numel())
     got = reference.unstructured_linear(x, packed.values, *index, bias, False)
     assert_close(got, expected(x, weight, bias), 50)
     got = reference.unstructured_linear_grad_x(grad, packed.values, *index, 50)

@@ -1,0 +1,78 @@
+"""The signature of every op, as the torch dispatcher reads it."""
+
+from __future__ import annotations
+
+SCHEMAS: dict[str, str] = {
+    "activity_stats_": """(
+        Tensor(a!) stats,
+        Tensor x,
+        float eps
+    ) -> ()""",
+    "mass_mask": """(
+        Tensor scores,
+        float alpha,
+        bool authors_ties
+    ) -> Tensor""",
+    "unstructured_linear": """(
+        Tensor x,
+        Tensor values,
+        Tensor row_offsets,
+        Tensor columns,
+        Tensor? bias,
+        bool relu
+    ) -> Tensor""",
+    "unstructured_linear_grad_x": """(
+        Tensor grad,
+        Tensor values,
+        Tensor row_offsets,
+        Tensor columns,
+        int in_features
+    ) -> Tensor""",
+    "unstructured_linear_grad_values": """(
+        Tensor grad,
+        Tensor x,
+        Tensor row_offsets,
+        Tensor columns
+    ) -> Tensor""",
+    "kernelwise_conv2d": """(
+        Tensor x,
+        Tensor values,
+        Tensor filter_offsets,
+        Tensor channels,
+        Tensor? bias,
+        int[2] stride,
+        int[2] padding,
+        int[2] dilation,
+        int groups,
+        bool relu,
+        int pool
+    ) -> Tensor""",
+    "kernelwise_conv2d_grad_x": """(
+        Tensor grad,
+        Tensor values,
+        Tensor filter_offsets,
+        Tensor channels,
+        int[4] x_shape,
+        int[2] stride,
+        int[2] padding,
+        int[2] dilation,
+        int groups
+    ) -> Tensor""",
+    "kernelwise_conv2d_grad_values": """(
+        Tensor grad,
+        Tensor x,
+        Tensor filter_offsets,
+        Tensor channels,
+        int[2] kernel_size,
+        int[2] stride,
+        int[2] padding,
+        int[2] dilation,
+        int groups
+    ) -> Tensor""",
+    "masked_linear": """(
+        Tensor x,
+        Tensor weight,
+        Tensor mask_bits,
+        Tensor? bias
+    ) -> Tensor""",
+}

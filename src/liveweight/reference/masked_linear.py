@@ -1,0 +1,24 @@
+"""Linear layers under a bit mask, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def unpack_mask_bits(bits: Tensor, K: int) -> Tensor:
+    """Return the mask [N, K] bool of bits [N, ceil(K / 32)] int32, bit k % 32 of word k // 32."""
+    places = torch.arange(32, dtype=torch.int32, device=bits.device)
+    mask = (bits[:, :, None] >> places) & 1  # [N, ceil(K / 32), 32]
+    return mask.reshape(bits.shape[0], 32 * bits.shape[1])[:, :K].bool()
+
+
+def masked_linear(x: Tensor, weight: Tensor, mask_bits: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x (W o M)^T + bias [M, N] for x [M, K], W [N, K] and M from mask_bits.
+
+    Sums run in float32 (float64 for float64) and are rounded once, to the dtype of x.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    kept = weight.masked_fill(~unpack_mask_bits(mask_bits, weight.shape[1]), 0).to(wide)
+    y = x.to(wide) @ kept.t()
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype)

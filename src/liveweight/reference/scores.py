@@ -1,0 +1,47 @@
+"""Activity statistics and cumulative-mass selection in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def activity_stats_(stats: Tensor, x: Tensor, eps: float) -> None:
+    """Add sum |x|, sum x^2 and count(|x| > eps) of x [N, F, P] to stats [4, F], all in float64.
+
+    The last row becomes the larger of itself and max |x|.
+    """
+    size = x.detach().double().abs()  # [N, F, P]
+    stats[0] += size.sum((0, 2))
+    stats[1] += size.square().sum((0, 2))
+    stats[2] += (size > eps).sum((0, 2))
+    if x.numel() > 0:
+        stats[3] = torch.maximum(stats[3], size.amax((0, 2)))
+
+
+def mass_mask(scores: Tensor, alpha: float, authors_ties: bool) -> Tensor:
+    """Keep per row of scores [R, n] the smallest set that sums to >= alpha of the row's total."""
+    R, n = scores.shape
+    bad = ~((scores >= 0) & torch.isfinite(scores)).all(1)  # [R]
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"mass_mask: scores must be finite and >= 0, row {row} holds a negative, NaN or "
+            "infinite one"
+        )
+    if scores.numel() == 0:
+        return torch.zeros(R, n, dtype=torch.bool, device=scores.device)
+    ranked, order = scores.sort(dim=1, descending=True, stable=True)
+    mass = ranked.double().cumsum(1)  # [R, n]
+    total = mass[:, -1:]
+    if authors_ties:  # sums are compared in float32; the first dropped score and its ties go
+        kept = (mass.float() < alpha * total.float()).sum(1, keepdim=True) + 1
+        return scores > ranked.gather(1, kept.clamp(max=n - 1))
+    positive = (ranked > 0).sum(1, keepdim=True)  # [R, 1]
+    kept = ((mass < alpha * total).sum(1, keepdim=True) + 1).minimum(positive)
+    if alpha == 1:
+        kept = positive
+    if alpha == 0:
+        kept = kept * 0
+    keep = torch.arange(n, device=scores.device) < kept  # [R, n], in descending order
+    return torch.zeros_like(keep).scatter_(1, order, keep)
