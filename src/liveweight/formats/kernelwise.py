@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class Kernelwise(pattern.PackedWeight):
 
     The constructor stores what it is given; ``validate`` checks it.
     """
+
+    name: ClassVar[str] = "kernelwise"
 
     values: Tensor
     filter_offsets: Tensor

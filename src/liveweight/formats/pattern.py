@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,17 @@ from torch import Tensor
 class PackedWeight:
     """Sizes of a format: a dataclass with a shape, values, and per-entry indices as last tensor."""
 
+    name: ClassVar[str]  # of the format, as users write it
     shape: tuple[int, ...]
+    values: Tensor
+
+    def validate(self) -> PackedWeight:
+        """Return self if all invariants of the class hold; raise TypeError or ValueError if not."""
+        raise NotImplementedError
+
+    def to_dense(self) -> Tensor:
+        """Return the weight, a new tensor."""
+        raise NotImplementedError
 
     def _tensors(self) -> tuple[Tensor, ...]:
         """Return values, offsets and indices."""

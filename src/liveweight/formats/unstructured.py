@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -23,6 +24,8 @@ class Unstructured(pattern.PackedWeight):
 
     The constructor stores what it is given; ``validate`` checks it.
     """
+
+    name: ClassVar[str] = "unstructured"
 
     values: Tensor
     row_offsets: Tensor

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from torch import Tensor, nn
 
 from liveweight.formats import Kernelwise
-from liveweight.nn.sparse_module import SparseModule, check_format, read_dense
+from liveweight.nn.sparse_module import SparseModule, find_format, read_dense
 from liveweight.ops.kernelwise_conv2d import apply_kernelwise, check_pool, make_pair
 from liveweight.ops.unstructured_linear import check_activation
 
 Pair = tuple[int, int]
+_DEFAULT = "kernelwise"
 
 
 class SparseConv2d(SparseModule):
@@ -29,9 +32,8 @@ class SparseConv2d(SparseModule):
     Raises ValueError (shapes, sizes, names) and TypeError (types, dtypes).
     """
 
-    format = "kernelwise"
-    op = "kernelwise_conv2d"
-    index_names = ("filter_offsets", "channels")
+    formats = MappingProxyType({"kernelwise": Kernelwise})
+    ops = MappingProxyType({"kernelwise": "kernelwise_conv2d"})
     padding_mode = "zeros"
 
     def __init__(
@@ -47,16 +49,10 @@ class SparseConv2d(SparseModule):
         pool: int = 1,
         parts: tuple[str, ...] = (),
     ) -> None:
-        if not isinstance(weight, Kernelwise):
-            got = type(weight).__name__
-            raise TypeError(
-                f"SparseConv2d: weight must be formats.Kernelwise, got {got}; "
-                "SparseConv2d.from_dense takes an nn.Conv2d"
-            )
-        if groups < 1 or weight.shape[0] % groups:
-            raise ValueError(f"SparseConv2d: {weight.shape[0]} filters do not form groups={groups}")
         check_activation(activation)
         super().__init__(weight, bias, activation, parts)
+        if groups < 1 or weight.shape[0] % groups:
+            raise ValueError(f"SparseConv2d: {weight.shape[0]} filters do not form groups={groups}")
         self.out_channels, self.in_channels = weight.shape[0], weight.shape[1] * groups
         self.kernel_size = weight.shape[2:]
         self.stride = make_pair("stride", stride, 1)
@@ -86,13 +82,13 @@ class SparseConv2d(SparseModule):
         """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"SparseConv2d: expected an nn.Conv2d, got {type(conv).__name__}")
-        check_format("SparseConv2d", format, cls.format)
+        kind = find_format("SparseConv2d", _DEFAULT if format == "auto" else format, cls.formats)
         if conv.padding_mode != "zeros":
             raise ValueError(
                 f"SparseConv2d: padding_mode must be 'zeros', got {conv.padding_mode!r}"
             )
         module = cls(
-            Kernelwise.from_dense(read_dense(conv, "weight"), mask),
+            kind.from_dense(read_dense(conv, "weight"), mask),
             read_dense(conv, "bias"),
             stride=conv.stride,
             padding=_padding_of(conv),
@@ -102,10 +98,6 @@ class SparseConv2d(SparseModule):
             pool=pool,
         )
         return module.train(conv.training)
-
-    def pack(self) -> Kernelwise:
-        """Return the weight as formats.Kernelwise; it shares the module's tensors."""
-        return Kernelwise(self.values, self.filter_offsets, self.channels, self.weight_shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return pool(act(conv2d(x, W) + b)) for x [B, C, H, W] or [C, H, W]."""

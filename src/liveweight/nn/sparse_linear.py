@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from torch import Tensor, nn
 
 from liveweight.formats import Unstructured
-from liveweight.nn.sparse_module import SparseModule, check_format, read_dense
+from liveweight.nn.sparse_module import SparseModule, find_format, read_dense
 from liveweight.ops.unstructured_linear import apply_unstructured, check_activation
+
+_DEFAULT = "unstructured"
 
 
 class SparseLinear(SparseModule):
@@ -25,9 +29,8 @@ class SparseLinear(SparseModule):
     Raises ValueError (shapes, names) and TypeError (types, dtypes).
     """
 
-    format = "unstructured"
-    op = "unstructured_linear"
-    index_names = ("row_offsets", "columns")
+    formats = MappingProxyType({"unstructured": Unstructured})
+    ops = MappingProxyType({"unstructured": "unstructured_linear"})
 
     def __init__(
         self,
@@ -37,12 +40,6 @@ class SparseLinear(SparseModule):
         activation: str | None = None,
         parts: tuple[str, ...] = (),
     ) -> None:
-        if not isinstance(weight, Unstructured):
-            got = type(weight).__name__
-            raise TypeError(
-                f"SparseLinear: weight must be formats.Unstructured, got {got}; "
-                "SparseLinear.from_dense takes an nn.Linear"
-            )
         check_activation(activation)
         super().__init__(weight, bias, activation, parts)
         self.out_features, self.in_features = weight.shape
@@ -66,14 +63,10 @@ class SparseLinear(SparseModule):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"SparseLinear: expected an nn.Linear, got {type(linear).__name__}")
-        check_format("SparseLinear", format, cls.format)
-        weight = Unstructured.from_dense(read_dense(linear, "weight"), mask)
+        kind = find_format("SparseLinear", _DEFAULT if format == "auto" else format, cls.formats)
+        weight = kind.from_dense(read_dense(linear, "weight"), mask)
         module = cls(weight, read_dense(linear, "bias"), activation=activation)
         return module.train(linear.training)
-
-    def pack(self) -> Unstructured:
-        """Return the weight as formats.Unstructured; it shares the module's tensors."""
-        return Unstructured(self.values, self.row_offsets, self.columns, self.weight_shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return act(x W^T + b) [..., out_features] for x [..., in_features]."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from liveweight import _library
-from liveweight.formats import Kernelwise, Unstructured
+from liveweight.formats.pattern import PackedWeight
 
 
 def read_dense(module: nn.Module, name: str) -> Tensor | None:
@@ -25,46 +28,62 @@ def read_dense(module: nn.Module, name: str) -> Tensor | None:
     return value if mask is None else torch.where(mask.bool(), value, 0)
 
 
-def check_format(owner: str, name: str, only: str) -> None:
-    """Raise ValueError unless the format is "auto" or the only one that the module has."""
-    if name not in ("auto", only):
-        raise ValueError(f"{owner}: format must be 'auto' or {only!r}, got {name!r}")
+def find_format(owner: str, name: str, formats: Mapping[str, type]) -> type:
+    """Return the class of a format by its name; raise ValueError for names that are not known."""
+    if name not in formats:
+        known = ", ".join(map(repr, ["auto", *formats]))
+        raise ValueError(f"{owner}: format must be one of {known}, got {name!r}")
+    return formats[name]
 
 
 class SparseModule(nn.Module):
-    """Holds a weight of one format: values as a parameter, indices as buffers."""
+    """Holds a weight of some format: values as a parameter, indices as buffers, the rest as is."""
 
-    format: str
-    op: str
-    index_names: tuple[str, str]
+    formats: Mapping[str, type]  # name -> class of the weights that the module takes
+    ops: Mapping[str, str]  # name -> op that serves it
 
     def __init__(
         self,
-        weight: Unstructured | Kernelwise,
+        weight: PackedWeight,
         bias: Tensor | None,
         activation: str | None,
         parts: tuple[str, ...],
     ) -> None:
         super().__init__()
+        owner = type(self).__name__
+        if type(weight) not in self.formats.values():
+            known = " or ".join(f"formats.{kind.__name__}" for kind in self.formats.values())
+            raise TypeError(
+                f"{owner}: weight must be {known}, got {type(weight).__name__}; "
+                f"{owner}.from_dense takes a dense layer"
+            )
         weight.validate()
+        self.format = weight.name
         self.weight_shape = tuple(weight.shape)
         self.activation = activation
         self.parts = tuple(parts)
-        self.values = nn.Parameter(weight.values.detach().clone())
+        fields = {f.name: getattr(weight, f.name) for f in dataclasses.fields(weight)}
+        self.values = nn.Parameter(fields.pop("values").detach().clone())
+        self.index_names = tuple(n for n, v in fields.items() if isinstance(v, Tensor))
         for name in self.index_names:
-            self.register_buffer(name, getattr(weight, name))
+            self.register_buffer(name, fields.pop(name))
+        self._fixed = fields  # sizes: what is neither values nor indices
         if bias is None:
             self.register_parameter("bias", None)
             return
         if bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"{type(self).__name__}: expected bias [{weight.shape[0]}], got {tuple(bias.shape)}"
-            )
+            raise ValueError(f"{owner}: expected bias [{weight.shape[0]}], got {tuple(bias.shape)}")
         self.bias = nn.Parameter(bias.detach().clone().to(weight.values.dtype))
 
-    def pack(self) -> Unstructured | Kernelwise:
+    def pack(self) -> PackedWeight:
         """Return the weight as a value of its format; it shares the module's tensors."""
-        raise NotImplementedError
+        index = {name: getattr(self, name) for name in self.index_names}
+        return self.formats[self.format](values=self.values, **index, **self._fixed)
+
+    @property
+    def op(self) -> str:
+        """Name of the op that computes this module."""
+        return self.ops[self.format]
 
     @property
     def weight(self) -> Tensor:
@@ -73,7 +92,7 @@ class SparseModule(nn.Module):
 
     @property
     def density(self) -> float:
-        """Fraction of entries (of a convolution: kernels) that is stored, in [0, 1]."""
+        """Fraction of entries, kernels or blocks, whatever the format lists, that is stored."""
         return self.pack().density
 
     @property
@@ -118,8 +137,7 @@ class SparseModule(nn.Module):
                     "build it with from_dense from a weight with the state's zeros"
                 )
         try:
-            kind = type(self.pack())
-            kind(shape=self.weight_shape, **given).validate()
+            self.formats[self.format](**given, **self._fixed).validate()
         except (TypeError, ValueError) as error:
             return str(error)
         return None
