@@ -29,13 +29,13 @@ class Candidate:
 def check_formats(formats: str | Iterable[str]) -> tuple[str, ...]:
     """Return the names of formats to try. Raises ValueError for unknown names or none at all."""
     if formats == "auto":
-        return tuple(swap.FORMATS)
+        return swap.format_names()
     if isinstance(formats, str):
         formats = [formats]
     if not isinstance(formats, (list, tuple, set, frozenset)):
         got = type(formats).__name__
         raise TypeError(f'compress_: formats must be "auto" or a list of names, got {got}')
-    known = ["dense", *swap.FORMATS]
+    known = ["dense", *swap.format_names()]
     for name in formats:
         if name not in known:
             hint = near_misses(str(name), known)
@@ -51,15 +51,16 @@ def formats_for(layer: nn.Module, formats: tuple[str, ...], device: torch.device
     Raises ValueError with the reason where there is none. On a GPU a format counts only if its op
     has a kernel of its own there; on a CPU the plain PyTorch version is measured like any other.
     """
-    fitting = [name for name in formats if swap.FORMATS[name][0] is type(layer)]
+    ops = swap.formats_of(type(layer))
+    fitting = [name for name in formats if name in ops]
     if not fitting:
         raise ValueError(f"formats names none for a {type(layer).__name__}")
     if device.type != "cuda":
         return fitting
     table = backends()
-    served = [n for n in fitting if table[swap.FORMATS[n][1]]["cuda"] != "reference"]
+    served = [n for n in fitting if table[ops[n]]["cuda"] != "reference"]
     if not served:
-        raise ValueError(f"no CUDA kernel for {swap.FORMATS[fitting[0]][1]}")
+        raise ValueError(f"no CUDA kernel for {ops[fitting[0]]}")
     return served
 
 

@@ -11,23 +11,27 @@ from torch import Tensor, nn
 from liveweight import nn as sparse_nn
 from liveweight.formats import Unstructured
 
-# format -> (dense type it replaces, op that serves it)
-FORMATS: dict[str, tuple[type, str]] = {
-    "unstructured": (nn.Linear, "unstructured_linear"),
-    "kernelwise": (nn.Conv2d, "kernelwise_conv2d"),
-}
+_SPARSE: dict[type, type] = {nn.Linear: sparse_nn.SparseLinear, nn.Conv2d: sparse_nn.SparseConv2d}
+
+
+def formats_of(kind: type) -> Mapping[str, str]:
+    """Return format -> op for a dense type: nn.Linear or nn.Conv2d; empty for others."""
+    return _SPARSE[kind].ops if kind in _SPARSE else {}
+
+
+def format_names() -> tuple[str, ...]:
+    """Return the names of all formats, each once."""
+    return tuple(dict.fromkeys(name for kind in _SPARSE for name in formats_of(kind)))
 
 
 def is_sparse(module: nn.Module) -> bool:
     """True for a SparseLinear or SparseConv2d."""
-    return isinstance(module, (sparse_nn.SparseLinear, sparse_nn.SparseConv2d))
+    return isinstance(module, tuple(_SPARSE.values()))
 
 
 def dense_type(module: nn.Module) -> type | None:
     """Return nn.Linear or nn.Conv2d for a sparse module, None for any other."""
-    if isinstance(module, sparse_nn.SparseLinear):
-        return nn.Linear
-    return nn.Conv2d if isinstance(module, sparse_nn.SparseConv2d) else None
+    return next((dense for dense, kind in _SPARSE.items() if isinstance(module, kind)), None)
 
 
 def format_name(module: nn.Module) -> str:
