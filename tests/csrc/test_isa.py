@@ -71,9 +71,10 @@ def build_plan():
     return plan
 
 
+@pytest.mark.parametrize("check", ["simd_check", "activation_check"])
 @pytest.mark.parametrize("isa", ISAS)
-def test_vector_header(isa, tmp_path):
-    """simd.h, compiled on its own: every function, lane by lane, against scalar code."""
+def test_header(isa, check, tmp_path):
+    """simd.h and activation.h, each compiled on its own, lane by lane, against scalar code."""
     plan = build_plan()
     try:
         cxx = plan.compiler()
@@ -83,9 +84,9 @@ def test_vector_header(isa, tmp_path):
         pytest.skip(f"{isa} is for x86")
     if isa != "plain" and isa not in pathlib.Path("/proc/cpuinfo").read_text():
         pytest.skip(f"this CPU has no {isa}")
-    program = tmp_path / "simd_check"
-    flags = ["-std=c++20", "-O1", "-Wall", f"-DLW_ISA={isa}"]
-    source = ["-I", str(ROOT / "csrc" / "cpu"), str(HERE / "simd_check.cpp"), "-o", str(program)]
+    program = tmp_path / check
+    flags = ["-std=c++20", "-O1", "-Wall", "-ffp-contract=fast", f"-DLW_ISA={isa}"]
+    source = ["-I", str(ROOT / "csrc" / "cpu"), str(HERE / f"{check}.cpp"), "-o", str(program)]
     subprocess.run([*cxx.split(), *flags, *plan.ISA_FLAGS[isa].split(), *source], check=True)
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
