@@ -4,6 +4,7 @@
 // registers. Bias, activation and pool are applied while the filter's output is in the first-level
 // cache. The order of a sum never depends on threads.
 #include "conv2d.h"
+#include "layout.h"
 
 namespace liveweight {
 
@@ -24,17 +25,39 @@ struct ConvJob {
 
 }  // namespace liveweight
 
-LW_DECLARE(void conv_fill(const float* x, const ConvJob& job, int64_t begin, int64_t end, float* planes))
+LW_DECLARE(void conv_fill(const float* x, const ConvJob& job, int64_t count, float* planes))
+LW_DECLARE(void conv_gather(const float* x, Layout layout, int64_t batch, int64_t channels, int64_t pixels,
+                            int64_t begin, int64_t end, float* out))
+LW_DECLARE(void conv_scatter(const float* in, Layout layout, int64_t batch, int64_t channels, int64_t pixels,
+                             int64_t begin, int64_t end, float* y))
 LW_DECLARE(void conv_filters(const float* planes, const ConvJob& job, int64_t begin, int64_t end,
                              float* scratch, float* y))
 
 namespace liveweight::LW_ISA {
 
-void conv_fill(const float* x, const ConvJob& job, int64_t begin, int64_t end, float* planes) {
+void conv_fill(const float* x, const ConvJob& job, int64_t count, float* planes) {
   const int64_t size = job.picture.height * job.picture.width;
-  for (int64_t c = begin; c < end; ++c) {
+  for (int64_t c = 0; c < count; ++c) {
     fill_planes(x + c * size, job.picture, job.planes, planes + c * job.planes.size);
   }
+}
+
+// Channels [begin, end) of a sample that x points to, as contiguous planes.
+void conv_gather(const float* x, Layout layout, int64_t batch, int64_t channels, int64_t pixels,
+                 int64_t begin, int64_t end, float* out) {
+  if (layout == Layout::channels_last) {
+    return transpose_rows(x + begin, channels, out, pixels, pixels, end - begin);
+  }
+  for (int64_t i = begin * pixels; i < end * pixels; ++i) *out++ = x[i * batch];
+}
+
+// The reverse: contiguous planes of channels [begin, end) to the sample that y points to.
+void conv_scatter(const float* in, Layout layout, int64_t batch, int64_t channels, int64_t pixels,
+                  int64_t begin, int64_t end, float* y) {
+  if (layout == Layout::channels_last) {
+    return transpose_rows(in, pixels, y + begin, channels, end - begin, pixels);
+  }
+  for (int64_t i = begin * pixels; i < end * pixels; ++i) y[i * batch] = *in++;
 }
 
 LW_INLINE void fill_row(float* out, float value, int64_t count) {
@@ -89,6 +112,7 @@ LW_INLINE void finish_pool(float* in, int64_t step, int64_t rows, int64_t column
   }
 }
 
+// y is where filter `begin` goes.
 void conv_filters(const float* planes, const ConvJob& job, int64_t begin, int64_t end, float* scratch,
                   float* y) {
   const int64_t out_rows = job.rows / job.pool, out_columns = job.columns / job.pool;
@@ -99,7 +123,7 @@ void conv_filters(const float* planes, const ConvJob& job, int64_t begin, int64_
       const KernelList kernels{job.values + int64_t(first) * job.kernel_size, job.channels + first,
                                nullptr, job.offsets[o + 1] - first, job.kernel_size};
       const float bias = job.bias ? job.bias[o] : 0.0f;
-      float* to = y + (o * out_rows + r0 / job.pool) * out_columns;
+      float* to = y + ((o - begin) * out_rows + r0 / job.pool) * out_columns;
       if (kernels.count == 0) {
         fill_row(to, job.relu && bias < 0.0f ? 0.0f : bias, rows / job.pool * out_columns);
         continue;
@@ -126,16 +150,39 @@ struct Conv {
   ConvSizes sizes;
   ConvJob job;
   const float* x;
+  Layout x_layout;
   float* y;
+  Layout y_layout;
 
-  void fill(int64_t sample, int64_t begin, int64_t end, float* planes) const {
-    const int64_t from = sample * sizes.C * sizes.H * sizes.W;
-    LW_SELECT(conv_fill)(x + from, job, begin, end, planes);
+  int64_t out_pixels() const { return (job.rows / job.pool) * (job.columns / job.pool); }
+
+  // Channels [begin, end) of a sample to planes; `planes` is where channel 0 goes.
+  void fill(int64_t sample, int64_t begin, int64_t end, float* planes, float* turned) const {
+    const ConvSizes& s = sizes;
+    const int64_t pixels = s.H * s.W;
+    const float* from = x + (x_layout == Layout::batch_last ? sample : sample * s.C * pixels);
+    if (x_layout == Layout::contiguous) {
+      return LW_SELECT(conv_fill)(from + begin * pixels, job, end - begin, planes + begin * job.planes.size);
+    }
+    LW_SELECT(conv_gather)(from, x_layout, s.B, s.C, pixels, begin, end, turned);
+    LW_SELECT(conv_fill)(turned, job, end - begin, planes + begin * job.planes.size);
   }
 
-  void filters(int64_t sample, int64_t begin, int64_t end, const float* planes, float* scratch) const {
-    const int64_t out = sample * sizes.filters * (job.rows / job.pool) * (job.columns / job.pool);
-    LW_SELECT(conv_filters)(planes, job, begin, end, scratch, y + out);
+  void filters(int64_t sample, int64_t begin, int64_t end, const float* planes, float* scratch,
+               float* turned) const {
+    const int64_t pixels = out_pixels(), count = sizes.filters * pixels;
+    if (y_layout == Layout::contiguous) {
+      return LW_SELECT(conv_filters)(planes, job, begin, end, scratch, y + sample * count + begin * pixels);
+    }
+    LW_SELECT(conv_filters)(planes, job, begin, end, scratch, turned);
+    float* to = y + (y_layout == Layout::batch_last ? sample : sample * count);
+    LW_SELECT(conv_scatter)(turned, y_layout, sizes.B, sizes.filters, pixels, begin, end, to);
+  }
+
+  // Floats of a sample's channels or filters on their way from or to another layout.
+  int64_t turned_floats() const {
+    const int64_t in = x_layout == Layout::contiguous ? 0 : sizes.C * sizes.H * sizes.W;
+    return std::max(in, y_layout == Layout::contiguous ? 0 : sizes.filters * out_pixels());
   }
 
   int64_t scratch_floats() const { return job.band * job.scratch_step + kSlack; }
@@ -144,11 +191,11 @@ struct Conv {
   void run_by_sample(int64_t threads) const {
     parallel_for(sizes.B, (sizes.B + threads - 1) / threads, [&](int64_t begin, int64_t end) {
       const int64_t floats = sizes.C * job.planes.size;
-      Workspace<float> planes(floats + kSlack), scratch(scratch_floats());
+      Workspace<float> planes(floats + kSlack), scratch(scratch_floats()), turned(turned_floats());
       std::fill_n(planes.data() + floats, kSlack, 0.0f);
       for (int64_t b = begin; b < end; ++b) {
-        fill(b, 0, sizes.C, planes.data());
-        filters(b, 0, sizes.filters, planes.data(), scratch.data());
+        fill(b, 0, sizes.C, planes.data(), turned.data());
+        filters(b, 0, sizes.filters, planes.data(), scratch.data(), turned.data());
       }
     });
   }
@@ -158,16 +205,16 @@ struct Conv {
     const int64_t floats = sizes.C * job.planes.size;
     Workspace<float> planes(sizes.B * floats + kSlack);
     std::fill_n(planes.data() + sizes.B * floats, kSlack, 0.0f);
-    const int64_t count = sizes.B * sizes.C;
-    parallel_for(count, (count + threads - 1) / threads, [&](int64_t begin, int64_t end) {
-      fill(0, begin, end, planes.data());  // samples follow each other as channels do
+    parallel_for(sizes.C, (sizes.C + threads - 1) / threads, [&](int64_t begin, int64_t end) {
+      Workspace<float> turned(turned_floats());
+      for (int64_t b = 0; b < sizes.B; ++b) fill(b, begin, end, planes.data() + b * floats, turned.data());
     });
     parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
-      Workspace<float> scratch(scratch_floats());
+      Workspace<float> scratch(scratch_floats()), turned(turned_floats());
       const int64_t from = share_kernels(job.offsets, sizes.filters, begin, threads);
       const int64_t to = share_kernels(job.offsets, sizes.filters, end, threads);
       for (int64_t b = 0; b < sizes.B; ++b) {
-        filters(b, from, to, planes.data() + b * floats, scratch.data());
+        filters(b, from, to, planes.data() + b * floats, scratch.data(), turned.data());
       }
     });
   }
@@ -204,11 +251,13 @@ void plan_job(const ConvSizes& s, int64_t pool, TapPlan& plan, ConvJob& job) {
 Tensor kernelwise_conv2d(const Tensor& x, const Tensor& values, const Tensor& filter_offsets,
                          const Tensor& channels, const std::optional<Tensor>& bias,
                          std::vector<int64_t> stride, std::vector<int64_t> padding,
-                         std::vector<int64_t> dilation, int64_t groups, bool relu, int64_t pool) {
+                         std::vector<int64_t> dilation, int64_t groups, bool relu, int64_t pool, int64_t layout) {
   const char* op = "kernelwise_conv2d";
   Conv conv{};
   ConvJob& job = conv.job;
-  conv.x = checked_data<float>(op, "x", x, 4, ScalarType::Float);
+  conv.x = checked_picture(op, "x", x, conv.x_layout);
+  LW_CHECK(layout >= 0 && layout <= 2, op, ": layout must be 0, 1 or 2, got ", layout);
+  conv.y_layout = Layout(layout);
   job.values = checked_data<float>(op, "values", values, 3, ScalarType::Float);
   const ConvSizes s = conv.sizes =
       conv_sizes(op, {x.size(0), x.size(1), x.size(2), x.size(3)}, filter_offsets.numel() - 1,
@@ -226,7 +275,7 @@ Tensor kernelwise_conv2d(const Tensor& x, const Tensor& values, const Tensor& fi
   job.relu = relu;
   TapPlan plan = plan_taps(s);
   plan_job(s, pool, plan, job);
-  Tensor y = torch::stable::new_empty(x, {s.B, s.filters, s.height / pool, s.width / pool});
+  Tensor y = new_picture(x, {s.B, s.filters, s.height / pool, s.width / pool}, conv.y_layout);
   conv.y = static_cast<float*>(y.mutable_data_ptr());
   conv.run(kept.count);
   return y;

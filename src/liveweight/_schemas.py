@@ -45,7 +45,8 @@ SCHEMAS: dict[str, str] = {
         int[2] dilation,
         int groups,
         bool relu,
-        int pool
+        int pool,
+        int layout
     ) -> Tensor""",
     "kernelwise_conv2d_grad_x": """(
         Tensor grad,

@@ -71,8 +71,8 @@ def convs() -> Iterator[tuple]:
 
 def kernelwise_conv2d() -> Iterator[tuple]:
     for x, _, bias, w, how in convs():
-        yield x, w.values, w.filter_offsets, w.channels, bias, *how, True, 1
-        yield x, w.values, w.filter_offsets, w.channels, None, *how, False, 2
+        yield x, w.values, w.filter_offsets, w.channels, bias, *how, True, 1, 1
+        yield x, w.values, w.filter_offsets, w.channels, None, *how, False, 2, 2
 
 
 def kernelwise_conv2d_grad_x() -> Iterator[tuple]:

@@ -133,16 +133,55 @@ def test_one_sample_without_a_batch():
     assert_close(got, expected(x[0], weight, bias, case, pool=2), 54)
 
 
-def test_any_memory_layout():
-    case = Case(channels=4)
+ORDERS = {"contiguous": (0, 1, 2, 3), "channels_last": (0, 2, 3, 1), "batch_last": (1, 2, 3, 0)}
+
+
+def lay_out(x, layout):
+    order = ORDERS[layout]
+    return x.permute(order).contiguous().permute(tuple(order.index(d) for d in range(4)))
+
+
+LAYOUTS = tuple(ORDERS)
+
+
+@pytest.mark.parametrize("given", LAYOUTS)
+def test_layouts(case, given):
     x, weight, packed, bias = case.make()
-    want = expected(x, weight, bias, case)
-    for other in (x.to(memory_format=torch.channels_last), x.flip(3).contiguous().flip(3)):
-        assert_close(kernelwise_conv2d(other, packed, bias, **case.options), want, 54)
+    want = expected(x, weight, bias, case, "relu")
+    x = lay_out(x, given)
+    for wanted in (None, *LAYOUTS):
+        options = {"activation": "relu", "layout": wanted} | case.options
+        got = kernelwise_conv2d(x, packed, bias, **options)
+        assert_close(got, want, weight[0].numel())
+        if wanted or (case.channels > 1 and min(case.size) > 1 and case.batch > 1):
+            assert got.permute(ORDERS[wanted or given]).is_contiguous()
+
+
+def test_other_strides_become_contiguous():
+    case = Case(channels=4)
+    _, weight, packed, bias = case.make()
     wide = torch.randn(3, 4, 9, 22)[..., ::2]
     assert not wide.is_contiguous()
-    want = expected(wide, weight, bias, case)
-    assert_close(kernelwise_conv2d(wide, packed, bias, **case.options), want, 54)
+    got = kernelwise_conv2d(wide, packed, bias, **case.options)
+    assert got.is_contiguous()
+    assert_close(got, expected(wide, weight, bias, case), 54)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_gradients(layout):
+    case = Case(stride=(2, 1))
+    x, weight, packed, bias = case.make()
+    dense = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    want = expected(*dense, case, "relu")
+    grad = torch.randn_like(want)
+    want.backward(grad)
+    x = lay_out(x, layout).requires_grad_()
+    packed.values.requires_grad_()
+    options = {"activation": "relu"} | case.options
+    kernelwise_conv2d(x, packed, bias, **options).backward(lay_out(grad.float(), layout))
+    kept = (weight != 0).flatten(2).any(2)
+    assert_close(x.grad, dense[0].grad, weight[:, 0].numel())
+    assert_close(packed.values.grad, dense[1].grad[kept], x[:, 0].numel())
 
 
 def test_whole_numbers_stand_for_pairs():
@@ -275,7 +314,7 @@ def test_kernels_agree_with_the_references(case):
     index = (packed.filter_offsets, packed.channels)
     grad = torch.randn_like(F.conv2d(x, weight, **case.options))
     close = {"rtol": 1e-4, "atol": 1e-4}
-    args = (x, packed.values, *index, bias, *case.settings, True, 1)
+    args = (x, packed.values, *index, bias, *case.settings, True, 1, 0)
     got, want = OPS.kernelwise_conv2d(*args), reference.kernelwise_conv2d(*args)
     torch.testing.assert_close(got, want, **close)
     args = (grad, packed.values, *index, x.shape, *case.settings)
@@ -291,7 +330,7 @@ def test_reference_works_through_its_batches_in_parts(monkeypatch):
     x, weight, packed, bias = case.make()
     monkeypatch.setattr("liveweight.reference.parts._CHUNK", 2 * packed.channels.numel() * 99)
     index = (packed.filter_offsets, packed.channels)
-    got = reference.kernelwise_conv2d(x, packed.values, *index, bias, *case.settings, False, 1)
+    got = reference.kernelwise_conv2d(x, packed.values, *index, bias, *case.settings, False, 1, 0)
     assert_close(got, expected(x, weight, bias, case), 54)
     grad = torch.randn_like(got)
     got = reference.kernelwise_conv2d_grad_x(grad, packed.values, *index, x.shape, *case.settings)
@@ -309,8 +348,10 @@ def test_opcheck(batch):
     index = (packed.filter_offsets, packed.channels)
     grad = torch.randn(batch, 5, 5, 11)
     args = (x, packed.values, *index)
-    opcheck(OPS.kernelwise_conv2d.default, (*args, bias, *case.settings, True, 2))
-    opcheck(OPS.kernelwise_conv2d.default, (*args, None, *case.settings, False, 1))
+    opcheck(OPS.kernelwise_conv2d.default, (*args, bias, *case.settings, True, 2, 0))
+    for layout in (1, 2):
+        settings = (*case.settings, False, 1, layout)
+        opcheck(OPS.kernelwise_conv2d.default, (*args, None, *settings))
     args = (grad, packed.values, *index, x.shape, *case.settings)
     opcheck(OPS.kernelwise_conv2d_grad_x.default, args)
     args = (grad, x, *index, case.kernel, *case.settings)
@@ -366,6 +407,8 @@ def bad_calls():
     yield (x, packed), {"groups": 0}, ValueError, "5 filters do not form groups=0"
     yield (x, packed), {"groups": 5}, ValueError, r"expected x \[B, 30, H, W\]"
     yield (x, packed), {"activation": "gelu"}, ValueError, "None or 'relu', got 'gelu'"
+    yield (x, packed), {"layout": "NHWC"}, ValueError, "layout must be 'contiguous', .*, got 'NHWC'"
+    yield (x, packed), {"layout": 1}, ValueError, "layout must be 'contiguous', .* or None, got 1"
     yield (x, packed), {"pool": 0}, ValueError, "pool must be a whole number >= 1, got 0"
     yield (x, packed), {"pool": 1.5}, ValueError, "pool must be a whole number >= 1, got 1.5"
     yield (
@@ -390,14 +433,23 @@ def test_launchers_guard_memory():
     values, offsets, channels = packed.values, packed.filter_offsets, packed.channels
 
     def refuses(
-        message, x=x, values=values, offsets=offsets, bias=bias, settings=case.settings, pool=1
+        message,
+        x=x,
+        values=values,
+        offsets=offsets,
+        bias=bias,
+        settings=case.settings,
+        pool=1,
+        layout=0,
     ):
         with pytest.raises(RuntimeError, match=message):
-            OPS.kernelwise_conv2d(x, values, offsets, channels, bias, *settings, False, pool)
+            settings = (*settings, False, pool, layout)
+            OPS.kernelwise_conv2d(x, values, offsets, channels, bias, *settings)
 
     refuses(r"channels must be in \[0, 4\)", x=x[:, :4].contiguous())
-    refuses("expected contiguous x", x=x.to(memory_format=torch.channels_last))
-    refuses("x has the wrong dtype", x=x.double())
+    refuses("expected x contiguous, channels last or batch last", x=x.flip(0).mT)
+    refuses("expected x .* float32", x=x.double())
+    refuses("layout must be 0, 1 or 2, got 3", layout=3)
     refuses("must rise from 0", offsets=offsets.flip(0))
     refuses("expected 30 kernels, got 29", values=values[:29])
     refuses(r"expected bias \[5\]", bias=bias[:4])

@@ -8,7 +8,9 @@ from torch.autograd.function import once_differentiable
 
 from liveweight import _library, reference
 from liveweight.formats import Kernelwise
+from liveweight.ops.layout import layout_code
 from liveweight.ops.unstructured_linear import check_activation, check_bias
+from liveweight.reference.layouts import CONTIGUOUS, empty_in, find_layout
 
 Pair = tuple[int, int]
 _NAME = "kernelwise_conv2d"
@@ -26,6 +28,7 @@ def kernelwise_conv2d(
     groups: int = 1,
     activation: str | None = None,
     pool: int = 1,
+    layout: str | None = None,
 ) -> Tensor:
     """Apply a weight-sparse convolution: y = pool(act(conv2d(x, W) + b)).
 
@@ -35,6 +38,8 @@ def kernelwise_conv2d(
     bias        [Cout] like x, or None
     activation  None or "relu"
     pool        p x p max pool of stride p after the activation, ragged edges dropped; 1: none
+    layout      of the result in memory: "contiguous", "channels_last", "batch_last" (samples side
+                by side: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)), None: like x
     returns     [B, Cout, H', W'] or [Cout, H', W'] like x
 
     Differentiable once, in x, the values and the bias. The index values of weight are not checked
@@ -51,9 +56,11 @@ def kernelwise_conv2d(
     )
     relu = check_activation(activation)
     check_pool(pool)
+    code = layout_code(_NAME, layout)
     if groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"{_NAME}: {weight.shape[0]} filters do not form groups={groups}")
-    return apply_kernelwise(x, *parts, weight.shape[1] * groups, bias, *sizes, groups, relu, pool)
+    settings = (*sizes, groups, relu, pool, code)
+    return apply_kernelwise(x, *parts, weight.shape[1] * groups, bias, *settings)
 
 
 def make_pair(name: str, value: int | Pair, least: int) -> Pair:
@@ -86,23 +93,28 @@ def apply_kernelwise(
     groups: int,
     relu: bool,
     pool: int,
+    layout: int | None = None,
 ) -> Tensor:
-    """Check the operands, add a batch of one where needed and run the op; weight comes unpacked."""
+    """Check the operands, add a batch of one where needed and run the op; weight comes unpacked.
+
+    layout  code of the result's layout (reference/layouts.py); None: like x
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{_NAME}: x must be a tensor, got {type(x).__name__}")
     if x.dim() == 3:
         batch = x[None]
-        rest = (in_channels, bias, stride, padding, dilation, groups, relu, pool)
+        rest = (in_channels, bias, stride, padding, dilation, groups, relu, pool, layout)
         return apply_kernelwise(batch, values, filter_offsets, channels, *rest)[0]
     x = _check(x, values, filter_offsets, in_channels, bias)
     for d in (0, 1):
         room = x.size(2 + d) + 2 * padding[d] - dilation[d] * (values.size(1 + d) - 1) - 1
         if room < 0 or room // stride[d] + 1 < pool:
             _raise_too_small(x, values, stride, padding, dilation, pool)
-    if not x.is_contiguous():
-        x = x.contiguous()
+    found = find_layout(x)
+    if found is None:
+        found, x = CONTIGUOUS, x.contiguous()
     args = (x, values, filter_offsets, channels, bias)
-    args += (stride, padding, dilation, groups, relu, pool)
+    args += (stride, padding, dilation, groups, relu, pool, found if layout is None else layout)
     if torch.is_grad_enabled() and (
         x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
     ):
@@ -177,9 +189,10 @@ class _KernelwiseConv2d(torch.autograd.Function):
         groups,
         relu,
         pool,
+        layout,
     ):
         settings = (stride, padding, dilation, groups)
-        y = _forward(x, values, filter_offsets, channels, bias, *settings, relu, pool)
+        y = _forward(x, values, filter_offsets, channels, bias, *settings, relu, pool, layout)
         kept_output = y if relu and pool == 1 else None
         ctx.save_for_backward(x, values, filter_offsets, channels, bias, kept_output)
         ctx.settings, ctx.epilogue = settings, (relu, pool)
@@ -192,11 +205,11 @@ class _KernelwiseConv2d(torch.autograd.Function):
         relu, pool = ctx.epilogue
         index, settings = (filter_offsets, channels), ctx.settings
         if pool > 1:
-            before = _forward(x, values, *index, bias, *settings, False, 1)
+            before = _forward(x, values, *index, bias, *settings, False, 1, CONTIGUOUS)
             grad = _through_epilogue(grad, before, relu, pool)
         elif relu:
             grad = _aten.threshold_backward(grad, y, 0)
-        grad = grad.contiguous()
+        grad, x = grad.contiguous(), x.contiguous()
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
             run = _select(_op_x, reference.kernelwise_conv2d_grad_x, x)
@@ -206,14 +219,16 @@ class _KernelwiseConv2d(torch.autograd.Function):
             grad_values = run(grad, x, *index, values.shape[1:], *settings)
         if ctx.needs_input_grad[4]:
             grad_bias = grad.sum((0, 2, 3))
-        return grad_x, grad_values, None, None, grad_bias, None, None, None, None, None, None
+        return grad_x, grad_values, None, None, grad_bias, *(None,) * 7
 
 
-def _fake(x, values, filter_offsets, channels, bias, stride, padding, dilation, groups, relu, pool):
+def _fake(
+    x, values, filter_offsets, channels, bias, stride, padding, dilation, groups, relu, pool, layout
+):
     size, kernel = x.shape[2:], values.shape[1:]
     height, width = reference.conv2d_size(size, kernel, stride, padding, dilation)
     filters = filter_offsets.shape[0] - 1
-    return x.new_empty(x.shape[0], filters, height // pool, width // pool)
+    return empty_in(x, (x.shape[0], filters, height // pool, width // pool), layout)
 
 
 def _fake_grad_x(

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, max_pool2d
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from liveweight.reference.layouts import lay_out
 from liveweight.reference.parts import batches, row_of
 
 
@@ -29,13 +30,15 @@ def kernelwise_conv2d(
     groups: int,
     relu: bool,
     pool: int,
+    layout: int,
 ) -> Tensor:
     """Return pool(act(conv2d(x, W) + bias)) for W given by its kept kernels.
 
     x [B, C, H, W], values [kept, kh, kw]; filter o owns the kernels filter_offsets[o] to
     filter_offsets[o + 1], kernel i reads channel channels[i] of the filter's group. pool p is a
     p x p max pool of stride p, ragged edges dropped (p = 1: none). Only kept kernels are
-    multiplied: inf and NaN of x reach no output through a removed kernel.
+    multiplied: inf and NaN of x reach no output through a removed kernel. layout: that of the
+    result, as in reference/layouts.py.
     """
     kept, kernel_size = channels.numel(), values.shape[1:]
     filters, count = row_of(filter_offsets, kept), filter_offsets.numel() - 1
@@ -51,7 +54,7 @@ def kernelwise_conv2d(
         out += bias[:, None, None]
     if relu:
         out.relu_()
-    return max_pool2d(out, pool) if pool > 1 else out
+    return lay_out(max_pool2d(out, pool) if pool > 1 else out, layout)
 
 
 def kernelwise_conv2d_grad_x(
