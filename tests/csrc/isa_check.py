@@ -85,6 +85,39 @@ def kernelwise_conv2d_grad_values() -> Iterator[tuple]:
         yield grad, x, w.filter_offsets, w.channels, list(w.values.shape[1:]), *how
 
 
+def sparse_convs() -> Iterator[tuple]:
+    for x, grad, bias, w, how in convs():
+        weight = formats.UnstructuredKernels.from_dense(sparse(*w.shape))
+        index = (weight.columns, weight.segments, weight.offsets)
+        yield x, grad, bias, weight.values, (*index, list(weight.shape), list(weight.tile)), how
+
+
+def unstructured_conv2d() -> Iterator[tuple]:
+    for x, _, bias, values, index, how in sparse_convs():
+        yield x, values, *index, bias, *how, True, 1, 0
+        yield x, values, *index, None, *how, False, 2, 1
+        yield (
+            x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+            values,
+            *index,
+            bias,
+            *how,
+            True,
+            1,
+            2,
+        )
+
+
+def unstructured_conv2d_grad_x() -> Iterator[tuple]:
+    for x, grad, _, values, index, how in sparse_convs():
+        yield grad, values, *index, list(x.shape), *how
+
+
+def unstructured_conv2d_grad_values() -> Iterator[tuple]:
+    for x, grad, _, _, index, how in sparse_convs():
+        yield grad, x, *index, *how
+
+
 def masked_linear() -> Iterator[tuple]:
     for M, K, N in [(1, 17, 9), (3, 64, 33), (19, 129, 40)]:
         bits = torch.randint(-(2**31), 2**31, (N, -(-K // 32)), dtype=torch.int64).int()
@@ -102,6 +135,9 @@ CASES: dict[str, Callable[[], Iterator[tuple]]] = {
     "kernelwise_conv2d": kernelwise_conv2d,
     "kernelwise_conv2d_grad_x": kernelwise_conv2d_grad_x,
     "kernelwise_conv2d_grad_values": kernelwise_conv2d_grad_values,
+    "unstructured_conv2d": unstructured_conv2d,
+    "unstructured_conv2d_grad_x": unstructured_conv2d_grad_x,
+    "unstructured_conv2d_grad_values": unstructured_conv2d_grad_values,
     "masked_linear": masked_linear,
 }
 

@@ -2,5 +2,6 @@
 
 from liveweight.formats.kernelwise import Kernelwise
 from liveweight.formats.unstructured import Unstructured
+from liveweight.formats.unstructured_kernels import UnstructuredKernels
 
-__all__ = ["Kernelwise", "Unstructured"]
+__all__ = ["Kernelwise", "Unstructured", "UnstructuredKernels"]

@@ -4,6 +4,7 @@ from liveweight.ops.activity_stats import activity_stats_, new_activity_stats
 from liveweight.ops.kernelwise_conv2d import kernelwise_conv2d
 from liveweight.ops.masked_linear import masked_linear, pack_mask_bits, unpack_mask_bits
 from liveweight.ops.mass_mask import mass_mask
+from liveweight.ops.unstructured_conv2d import unstructured_conv2d
 from liveweight.ops.unstructured_linear import unstructured_linear
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "new_activity_stats",
     "pack_mask_bits",
     "unpack_mask_bits",
+    "unstructured_conv2d",
     "unstructured_linear",
 ]

@@ -8,6 +8,14 @@ from liveweight.reference.kernelwise_conv2d import (
 )
 from liveweight.reference.masked_linear import masked_linear, unpack_mask_bits
 from liveweight.reference.scores import activity_stats_, mass_mask
+from liveweight.reference.unstructured_conv2d import (
+    kernel_coordinates,
+    lay_out,
+    scatter_kernels,
+    unstructured_conv2d,
+    unstructured_conv2d_grad_values,
+    unstructured_conv2d_grad_x,
+)
 from liveweight.reference.unstructured_linear import (
     unstructured_linear,
     unstructured_linear_grad_values,
@@ -17,12 +25,18 @@ from liveweight.reference.unstructured_linear import (
 __all__ = [
     "activity_stats_",
     "conv2d_size",
+    "kernel_coordinates",
     "kernelwise_conv2d",
     "kernelwise_conv2d_grad_values",
     "kernelwise_conv2d_grad_x",
+    "lay_out",
     "masked_linear",
     "mass_mask",
+    "scatter_kernels",
     "unpack_mask_bits",
+    "unstructured_conv2d",
+    "unstructured_conv2d_grad_values",
+    "unstructured_conv2d_grad_x",
     "unstructured_linear",
     "unstructured_linear_grad_values",
     "unstructured_linear_grad_x",
