@@ -8,7 +8,7 @@ OUT    ?= runs/lenet5-digits
 BENCH  ?= benchmarks
 PIP     = $(PYTHON) -m pip --disable-pip-version-check
 
-.PHONY: demo test lint format build bench gpu clean
+.PHONY: demo test lint format build bench bench-cpu gpu clean
 
 demo: $(VENV)/.demo
 	$(PYTHON) -m liveweight prune lenet5-digits --out $(OUT)
@@ -31,6 +31,10 @@ build:
 bench: $(VENV)/.dev build
 	$(PYTHON) -m pytest $(BENCH) -o python_files='bench_*.py' --benchmark-only \
 	  --benchmark-columns=median,iqr,rounds --benchmark-sort=name --benchmark-group-by=group
+
+# The CPU suite: results/cpu gets JSON, a page and plots. Fewer cells: make bench-cpu CPU=--quick
+bench-cpu: $(VENV)/.dev build
+	PYTHONPATH=benchmarks $(PYTHON) -m cpu $(CPU)
 
 # On a machine with a GPU, with its own python3 and no network: build, tests, benchmarks, results.
 gpu: GPU_PYTHON ?= python3

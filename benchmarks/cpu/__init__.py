@@ -1,0 +1,1 @@
+"""The CPU benchmark suite: tables of paired measurements, a page and plots. See __main__.py."""
