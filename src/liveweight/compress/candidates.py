@@ -10,14 +10,44 @@ from torch import Tensor, nn
 
 from liveweight._check import near_misses
 from liveweight._library import backends
-from liveweight.compress import chains, swap
+from liveweight.compress import chains, packing, swap
 from liveweight.compress.chains import Chain
 from liveweight.compress.inputs import difference
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A candidate before it is built: its format and how much of the chain's tail it takes in.
+
+    kinds  of the modules it takes in: "norm", an activation's name, "pool"
+    """
+
+    format: str
+    joined: int
+    kinds: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The name in reports, such as "kernelwise+norm+relu"."""
+        return "+".join((self.format, *self.kinds))
+
+    @property
+    def activation(self) -> str | None:
+        """Name of the activation it takes in, None where it takes none."""
+        return next((kind for kind in self.kinds if kind not in ("norm", "pool")), None)
+
+    def named(self, kinds: list[str]) -> Plan:
+        """Return the plan with the kinds of the tail it takes in."""
+        return Plan(self.format, self.joined, tuple(kinds[: self.joined]))
+
+    def shortened(self, joined: int) -> Plan:
+        """Return the plan that takes in only the first so many modules."""
+        return Plan(self.format, joined, self.kinds[:joined])
+
+
 @dataclass
 class Candidate:
-    """A sparse module that takes a layer's place, and the modules it makes superfluous."""
+    """A module that takes a layer's place, and the modules it makes superfluous."""
 
     label: str
     format: str
@@ -27,9 +57,12 @@ class Candidate:
 
 
 def check_formats(formats: str | Iterable[str]) -> tuple[str, ...]:
-    """Return the names of formats to try. Raises ValueError for unknown names or none at all."""
+    """Return the names of formats to try, "dense" for packed dense layers among them.
+
+    Raises ValueError for unknown names or none at all.
+    """
     if formats == "auto":
-        return swap.format_names()
+        return ("dense", *swap.format_names())
     if isinstance(formats, str):
         formats = [formats]
     if not isinstance(formats, (list, tuple, set, frozenset)):
@@ -42,7 +75,7 @@ def check_formats(formats: str | Iterable[str]) -> tuple[str, ...]:
             raise ValueError(f"compress_: formats has an unknown name {name!r}; {hint}")
     if not formats:
         raise ValueError(f'compress_: formats is empty; expected "auto" or some of {known}')
-    return tuple(name for name in formats if name != "dense")
+    return tuple(formats)
 
 
 def formats_for(layer: nn.Module, formats: tuple[str, ...], device: torch.device) -> list[str]:
@@ -54,6 +87,8 @@ def formats_for(layer: nn.Module, formats: tuple[str, ...], device: torch.device
     ops = swap.formats_of(type(layer))
     fitting = [name for name in formats if name in ops]
     if not fitting:
+        if "dense" in formats:
+            return []
         raise ValueError(f"formats names none for a {type(layer).__name__}")
     if device.type != "cuda":
         return fitting
@@ -64,26 +99,53 @@ def formats_for(layer: nn.Module, formats: tuple[str, ...], device: torch.device
     return served
 
 
-def build(chain: Chain, formats: list[str]) -> tuple[list[Candidate], list[str]]:
+def plans(chain: Chain, formats: list[str], packing_fits: bool) -> list[Plan]:
+    """Return what may be built for a chain: every format joined with what it can take in.
+
+    A norm and an activation always join where they can, for both cost a pass of their own
+    otherwise; a pool is tried inside and outside.
+    """
+    kinds = [_kind_of(chain, module) for _, module in chain.tail]
+    before_pool = len(kinds) - (kinds[-1:] == ["pool"])
+    found = [Plan(name, joined) for name in formats for joined in {before_pool, len(kinds)}]
+    found.sort(key=lambda plan: (formats.index(plan.format), plan.joined))
+    if packing_fits:
+        found.append(Plan(packing.LABEL, before_pool))
+    return [plan.named(kinds) for plan in found]
+
+
+def _kind_of(chain: Chain, module: nn.Module) -> str:
+    if chains.pool_size(module) is not None:
+        return "pool"
+    kind = "linear" if isinstance(chain.layer, nn.Linear) else "conv"
+    return chains.activation_of(module, kind) or "norm"
+
+
+def build(chain: Chain, wanted: list[Plan]) -> tuple[list[Candidate], list[str]]:
     """Return every candidate that works and agrees with dense, and why others do not.
 
-    Each format is tried alone and joined with one or two modules of the chain's tail.
+    Where a format refuses what it was to take in, it is tried with less.
     """
-    built, refused = [], []
+    built: dict[str, Candidate] = {}
+    refused: dict[str, None] = {}
     expected = _evaluate(chain.dense())
-    for name in formats:
-        for joined in range(len(chain.tail) + 1):
+    for plan in wanted:
+        for joined in range(plan.joined, -1, -1):
+            shorter = plan.shortened(joined)
+            if shorter.label in built:
+                break
             try:
-                candidate = _candidate(chain, name, joined)
+                candidate = _candidate(chain, shorter)
                 words = difference(expected, _evaluate(candidate.call))
             except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
-                refused.append(f"{name}: {error}")
-                break
+                refused[f"{plan.format}: {error}"] = None
+                continue
             if words:
-                refused.append(f"{candidate.label} disagrees with dense: {words}")
-            else:
-                built.append(candidate)
-    return built, refused
+                refused[f"{candidate.label} disagrees with dense: {words}"] = None
+                continue
+            built[candidate.label] = candidate
+            break
+    return list(built.values()), list(refused)
 
 
 def _evaluate(call: Callable[[], Tensor]) -> Tensor:
@@ -91,19 +153,21 @@ def _evaluate(call: Callable[[], Tensor]) -> Tensor:
         return call().clone()
 
 
-def _candidate(chain: Chain, name: str, joined: int) -> Candidate:
-    inside, rest = chain.tail[:joined], [module for _, module in chain.tail[joined:]]
-    pools = [size for _, m in inside if (size := chains.pool_size(m)) is not None]
-    pool = pools[0] if pools else 1
-    activation = "relu" if any(type(m) is nn.ReLU for _, m in inside) else None
+def _candidate(chain: Chain, plan: Plan) -> Candidate:
+    inside, rest = chain.tail[: plan.joined], [m for _, m in chain.tail[plan.joined :]]
     absorbed = tuple(part for part, _ in inside)
-    module = swap.make_sparse(
-        chain.layer,
-        name,
-        activation=activation,
-        pool=pool,
-        parts=(chain.name, *absorbed) if absorbed else (),
-    )
+    parts = (chain.name, *absorbed) if absorbed else ()
+    layer, pool = chain.layer, 1
+    for (_, module), kind in zip(inside, plan.kinds, strict=False):
+        if kind == "norm":
+            layer = chain.folded(module)
+        elif kind == "pool":
+            pool = chains.pool_size(module)
+    options = {"activation": plan.activation, "parts": parts}
+    if plan.format == packing.LABEL:
+        module = packing.make_packed(layer, **options)
+    else:
+        module = swap.make_sparse(layer, plan.format, pool=pool, **options)
     module.train(chain.layer.training)
-    label = "+".join([name, *(["relu"] if activation else []), *(["pool"] if pools else [])])
-    return Candidate(label, name, module, absorbed, chains.in_turn([module, *rest], chain.x))
+    call = chains.in_turn([module, *rest], chain.x)
+    return Candidate(plan.label, plan.format, module, absorbed, call)

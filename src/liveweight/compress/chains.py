@@ -1,4 +1,4 @@
-"""A layer and the ReLU and max pooling after it that one sparse module can do in the same pass."""
+"""A layer and what follows it that one module can do in the same pass: norm, activation, pool."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from liveweight import _graph
 from liveweight.compress import edit
+from liveweight.compress.fold import fold_norm, why_not_folded
 from liveweight.compress.inputs import ExampleInputs, run
 
 
@@ -20,6 +21,13 @@ class Chain:
     layer: nn.Module
     x: Tensor
     tail: list[tuple[str, nn.Module]] = field(default_factory=list)
+    _folded: dict[int, nn.Module] = field(default_factory=dict)
+
+    def folded(self, norm: nn.Module) -> nn.Module:
+        """Return the layer with a BatchNorm folded into it, made once."""
+        if id(norm) not in self._folded:
+            self._folded[id(norm)] = fold_norm(self.layer, norm)
+        return self._folded[id(norm)]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -77,32 +85,53 @@ def sample(model: nn.Module, inputs: ExampleInputs, keep: set[str]) -> tuple[Sam
 
 
 def find_tail(
-    model: nn.Module, layer: _graph.Layer | None, calls: dict[str, int]
+    model: nn.Module, layer: _graph.Layer | None, found: Sample, x: Tensor, notes: list[str]
 ) -> list[tuple[str, nn.Module]]:
-    """Return (name, module) of the ReLU and the MaxPool2d after a layer that may join it.
+    """Return (name, module) of the BatchNorm, activation and MaxPool2d after a layer that may join.
 
     Each must be the only reader of what is before it (the graph's fact), be called once, be
-    registered once, and carry no hooks.
+    registered once, and carry no hooks. Max pooling behind a ReLU that is called as a function
+    may join without it: max(relu(x)) = relu(max(x)). x is what the layer receives; notes takes why
+    a BatchNorm stays.
     """
-    if layer is None or layer.norm:
+    if layer is None:
         return []
-    names = []
-    if layer.activation:
-        if layer.activation != "relu" or layer.activation_name is None:
-            return []
-        names.append(layer.activation_name)
-    if layer.pool:
-        names.append(layer.pool)
     paths = edit.paths_by_module(model)
     tail: list[tuple[str, nn.Module]] = []
-    for name in names:
+    for name in _names_behind(layer):
         module = model.get_submodule(name)
-        if calls.get(name) != 1 or len(paths[id(module)]) != 1 or has_hooks(module):
+        if found.calls.get(name) != 1 or len(paths[id(module)]) != 1 or has_hooks(module):
             break
-        if type(module) is not nn.ReLU and pool_size(module) is None:
+        if name == layer.norm:
+            reason = why_not_folded(module, edit.tied_parameters(model))
+            if not reason and layer.kind == "linear" and x.dim() != 2:
+                reason = "it normalizes positions, not features"
+            if reason:
+                notes.append(f"{name} was not folded into {layer.name}: {reason}")
+                break
+        elif activation_of(module, layer.kind) is None and pool_size(module) is None:
             break
         tail.append((name, module))
     return tail
+
+
+def _names_behind(layer: _graph.Layer) -> list[str]:
+    names = [layer.norm] if layer.norm else []
+    if layer.activation:
+        if layer.activation_name is not None:
+            names.append(layer.activation_name)
+        elif layer.activation != "relu":
+            return names
+    return [*names, layer.pool] if layer.pool else names
+
+
+def activation_of(module: nn.Module, kind: str) -> str | None:
+    """Return the name of an activation that a layer of this kind ("linear", "conv") can take in."""
+    if type(module) is nn.ReLU:
+        return "relu"
+    if type(module) is nn.GELU and kind == "linear":
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    return None
 
 
 def pool_size(module: nn.Module) -> int | None:

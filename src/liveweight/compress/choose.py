@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from liveweight import _graph
-from liveweight.compress import chains, edit, swap
-from liveweight.compress.candidates import Candidate, build, check_formats, formats_for
+from liveweight.compress import chains, edit, packing
+from liveweight.compress.candidates import Candidate, Plan, build, check_formats, formats_for, plans
 from liveweight.compress.chains import Chain, Sample
 from liveweight.compress.decide import Verdict, decide, decide_whole
 from liveweight.compress.inputs import (
@@ -22,6 +22,7 @@ from liveweight.compress.inputs import (
     evaluating,
     run,
 )
+from liveweight.compress.listing import list_layers
 from liveweight.compress.measure import BUSY_NOTE, Timings, measure_calls
 from liveweight.compress.replacement import Replacement
 from liveweight.compress.report import ChoiceRow, CompressReport
@@ -41,18 +42,19 @@ def compress_(
 ) -> CompressReport:
     """Replace pruned layers by sparse ones where that is measurably faster; never slower.
 
-    Every Linear and Conv2d with zeros is timed dense and in every fitting format, in turns, on
-    the input it really receives, alone and joined with a ReLU and max pooling behind it; so is a
-    Conv2d without zeros that has something to join. The
-    fastest replaces it if the lower quartile of dense time / its time over the rounds reaches
-    min_speedup, and if it does so in the calmest rounds too.
+    Every Linear and Conv2d is timed dense, in every fitting format and, on a CPU, dense with a
+    weight packed for oneDNN, in turns, on the input it really receives. BatchNorm in eval mode is
+    folded into it, ReLU (of a Linear also GELU) and max pooling behind it join it where they are
+    modules of their own. The fastest replaces it if the lower quartile of dense time / its time
+    over the rounds reaches min_speedup, and if it does so in the calmest rounds too.
     At the end the whole model is timed dense and compressed; choices that do not help are undone.
 
-    model           changed in place; weights never change, masks go where the zeros are in a
-                    format and stay where a layer stays dense
+    model           changed in place; weights never change, but where a BatchNorm is folded into
+                    them; masks go where the zeros are in a format and stay where a layer stays
+                    dense
     example_inputs  a tensor, a tuple of arguments or a dict of keyword arguments, of the shapes
                     and on the device that matter
-    formats         "auto" or names out of "unstructured" and "kernelwise"
+    formats         "auto" or names of formats; "dense" stands for packed dense layers
     min_speedup     at least 1.0
     budget_s        seconds of measuring per candidate
     returns         CompressReport: per layer what was chosen, times and the reason
@@ -94,7 +96,7 @@ class _Chooser:
 
     def run(self) -> CompressReport:
         """Choose layer by layer, then check and measure the whole."""
-        wanted = self._list_layers()
+        self.report.layers, wanted = list_layers(self.model)
         found, outputs = chains.sample(self.model, self.inputs, set(wanted))
         expected = detached(outputs)
         graph = self._trace() if wanted else None
@@ -110,22 +112,6 @@ class _Chooser:
             raise RuntimeError(f"compress_: the compressed model disagrees: {words}")
         self._measure_whole(chosen)
         return self.report
-
-    def _list_layers(self) -> dict[str, ChoiceRow]:
-        """Fill the report's rows; return those of layers that may get candidates."""
-        tied = edit.tied_parameters(self.model)
-        paths = edit.paths_by_module(self.model)
-        wanted = {}
-        for name, module in self.model.named_modules():
-            row = _row(name, module)
-            if row is None:
-                continue
-            self.report.layers.append(row)
-            if row.chosen == "dense":
-                row.reason = _why_not(name, module, row, tied, paths[id(module)])
-                if not row.reason:
-                    wanted[name] = row
-        return wanted
 
     def _trace(self) -> _graph.Graph | None:
         try:
@@ -144,15 +130,13 @@ class _Chooser:
         module = self.model.get_submodule(name)
         chain = Chain(name, module, found.inputs.pop(name)[0])
         if found.calls[name] == 1:
-            chain.tail = chains.find_tail(self.model, layer, found.calls)
-        if row.density == 1.0 and not chain.tail:
-            row.reason = "dense: it has no zeros, and nothing follows that it could take in"
-            return None
+            chain.tail = chains.find_tail(self.model, layer, found, chain.x, self.report.notes)
         try:
-            candidates, refused = build(chain, formats_for(module, self.formats, self.device))
+            wanted = self._plans(chain, row.density)
         except ValueError as error:
             row.reason = f"dense: {error}"
             return None
+        candidates, refused = build(chain, wanted)
         if not candidates:
             row.reason = "dense: " + "; ".join(refused)
             return None
@@ -165,6 +149,23 @@ class _Chooser:
         row.chosen, row.speedup = winner.format, verdict.speedup
         row.parts = (name, *winner.absorbed) if winner.absorbed else ()
         return Replacement(self.model, name, winner, row)
+
+    def _plans(self, chain: Chain, density: float) -> list[Plan]:
+        """Return what to build for a chain; raise ValueError with the reason where it is nothing.
+
+        A Linear without zeros has no use for a sparse format; a Conv2d may, for what it takes in.
+        """
+        packs = "dense" in self.formats and packing.fits(chain.layer, self.device)
+        if density < 1.0 or (chain.tail and isinstance(chain.layer, nn.Conv2d)):
+            formats = formats_for(chain.layer, self.formats, self.device)
+        elif packs:
+            formats = []
+        else:
+            raise ValueError("it has no zeros")
+        wanted = plans(chain, formats, packs)
+        if not wanted:
+            raise ValueError("formats names none for it")
+        return wanted
 
     def _race(self, chain: Chain, candidates: list[Candidate], density: float) -> Verdict:
         calls = {"dense": chain.dense(), **{c.label: c.call for c in candidates}}
@@ -217,40 +218,3 @@ class _Chooser:
             timings = self._time({"dense": call, "compressed": call}, budget, prepare=prepare)
         make_sparse()
         return timings
-
-
-def _row(name: str, module: nn.Module) -> ChoiceRow | None:
-    """Return the row of a module that has weights, None for any other."""
-    weight = module.weight if swap.is_sparse(module) else module._parameters.get("weight")
-    if weight is None or weight.dim() < 2:
-        return None
-    density = float(torch.count_nonzero(weight.detach())) / max(1, weight.numel())
-    row = ChoiceRow(name, _kind(module), density)
-    if swap.is_sparse(module):
-        row.chosen, row.parts = swap.format_name(module), tuple(module.parts)
-        row.reason = "already sparse"
-    return row
-
-
-def _kind(module: nn.Module) -> str:
-    if isinstance(module, nn.Linear) or swap.dense_type(module) is nn.Linear:
-        return "linear"
-    if isinstance(module, nn.Conv2d) or swap.dense_type(module) is nn.Conv2d:
-        return "conv"
-    return type(module).__name__
-
-
-def _why_not(name: str, module: nn.Module, row: ChoiceRow, tied: set[int], paths: list[str]) -> str:
-    """Say why a module gets no candidates; "" where it does."""
-    if type(module) not in (nn.Linear, nn.Conv2d):
-        return f"left alone: {type(module).__name__} is not supported"
-    if row.density == 1.0 and type(module) is nn.Linear:
-        return "dense: it has no zeros"
-    if not name:
-        return "left alone: the model itself is this layer; put it into a container"
-    if len(paths) > 1:
-        return f"left alone: the module has several names, {', '.join(paths)}"
-    reason = edit.why_not_plain(module, tied)
-    if not reason and chains.has_hooks(module):
-        reason = "it has hooks, which a replacement would lose"
-    return f"left alone: {reason}" if reason else ""

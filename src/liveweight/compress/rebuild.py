@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from liveweight.compress import edit, structure, swap
+from liveweight.compress import edit, packing, structure, swap
 
 _MASKS = ("weight_mask", "bias_mask")
 
@@ -52,7 +52,8 @@ class Rebuild:
         wanted = entry.get("dense") or entry.get("was") or entry["type"]
         got = type(module).__name__
         if got != wanted:
-            hint = "; load wants a dense instance" if swap.is_sparse(module) else ""
+            ours = swap.is_sparse(module) or packing.is_packed(module)
+            hint = "; load wants a dense instance" if ours else ""
             raise self._fail(f"{name} is a {got}, expected a {wanted}{hint}")
         if entry["type"] == "Identity":
             return
@@ -93,7 +94,11 @@ class Rebuild:
             expected = self._expected_shape(name, leaf, own)
             if tuple(value.shape) != expected:
                 raise self._fail(f"{key} is {tuple(value.shape)}, expected {expected}")
-        absent = [key for key in state if key not in self.tensors]
+        absent = [
+            key
+            for key in state
+            if key not in self.tensors and key.rpartition(".")[0] not in self.replaced
+        ]
         if absent:
             raise self._fail(f"the file has no tensor for {', '.join(absent[:5])}")
 
@@ -145,20 +150,28 @@ class Rebuild:
         for name in self.replaced:
             old = self.modules[name]
             entry = self.entries[name]
-            new = nn.Identity() if entry["type"] == "Identity" else self._sparse(name, entry, old)
+            new = nn.Identity() if entry["type"] == "Identity" else self._joined(name, entry, old)
             edit.replace_module_(self.model, name, new.train(old.training))
 
-    def _sparse(self, name: str, entry: dict, old: nn.Module) -> nn.Module:
+    def _joined(self, name: str, entry: dict, old: nn.Module) -> nn.Module:
+        """Return the sparse or packed module that an entry describes."""
         weight = self.tensors[f"{name}.weight"]
-        keep = self.tensors.get(f"{name}.kernels", self.masks[f"{name}.weight"])
-        new = swap.make_sparse(
-            swap.dense_like(old, entry["sizes"], weight, self.tensors.get(f"{name}.bias")),
-            entry["format"],
-            activation=entry["activation"],
-            pool=entry.get("pool", 1),
-            parts=(name, *entry["parts"]) if entry["parts"] else (),
-            keep=keep.to(old.weight.device),
-        )
+        dense = swap.dense_like(old, entry["sizes"], weight, self.tensors.get(f"{name}.bias"))
+        parts = (name, *entry["parts"]) if entry["parts"] else ()
+        options = {"activation": entry["activation"], "parts": parts}
+        if entry["format"] == packing.LABEL:
+            for mask in _MASKS:
+                if f"{name}.{mask}" in self.tensors:
+                    bits = self.tensors[f"{name}.{mask}"]
+                    dense.register_buffer(mask, bits.to(old.weight.device))
+            new = packing.make_packed(dense, **options)
+        else:
+            keep = self.tensors.get(f"{name}.kernels", self.masks.get(f"{name}.weight"))
+            pool = entry.get("pool", 1)
+            keep = keep.to(old.weight.device)
+            new = swap.make_sparse(dense, entry["format"], pool=pool, keep=keep, **options)
+        if entry.get("layout") is not None:
+            new.layout = entry["layout"]
         if "from" in entry:
             new.shrunk_from = dict(entry["from"])
         return new

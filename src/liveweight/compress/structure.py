@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from liveweight.compress import swap
+from liveweight.compress import packing, swap
 
 # Sizes that shrinking changes, by module type.
 SIZES: dict[type, tuple[str, ...]] = {
@@ -13,15 +13,16 @@ SIZES: dict[type, tuple[str, ...]] = {
     nn.BatchNorm1d: ("num_features",),
     nn.BatchNorm2d: ("num_features",),
 }
+_ACTIVATIONS = {"relu": "ReLU", "gelu": "GELU", "gelu_tanh": "GELU"}
 _CONV = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
 def describe(model: nn.Module) -> dict[str, dict]:
-    """Return module name -> its entry, for every sparse, absorbed or shrunken module."""
+    """Return module name -> its entry, for each module sparse, packed, absorbed or shrunken."""
     entries: dict[str, dict] = {}
     for name, module in model.named_modules():
-        if swap.is_sparse(module):
-            entries[name] = _sparse_entry(name, module)
+        if swap.is_sparse(module) or packing.is_packed(module):
+            entries[name] = _joined_entry(name, module)
             for part, kind in absorbed(name, module):
                 entries[part] = {"type": "Identity", "was": kind}
         elif type(module) in SIZES and hasattr(module, "shrunk_from"):
@@ -36,15 +37,17 @@ def _sizes_entry(module: nn.Module, kind: type) -> dict:
     return entry
 
 
-def _sparse_entry(name: str, module: nn.Module) -> dict:
-    kind = swap.dense_type(module)
+def _joined_entry(name: str, module: nn.Module) -> dict:
+    packed = packing.is_packed(module)
+    kind = packing.dense_type(module) if packed else swap.dense_type(module)
     entry = _sizes_entry(module, kind)
     entry |= {"type": type(module).__name__, "dense": kind.__name__}
-    entry |= {"format": swap.format_name(module), "activation": module.activation}
-    entry["bias"] = module.bias is not None
+    entry["format"] = packing.LABEL if packed else swap.format_name(module)
+    entry |= {"activation": module.activation, "bias": module.bias is not None}
     entry["parts"] = [part for part, _ in absorbed(name, module)]
     if kind is nn.Conv2d:
-        entry["pool"] = module.pool
+        entry["pool"] = getattr(module, "pool", 1)
+        entry["layout"] = getattr(module, "layout", None)
         entry["conv"] = conv_attributes(module)
     return entry
 
@@ -67,7 +70,7 @@ def _padding(module: nn.Module) -> str | tuple[int, ...]:
 
 
 def absorbed(name: str, module: nn.Module) -> list[tuple[str, str]]:
-    """Return (dotted name, type) of the modules that were joined into this sparse one.
+    """Return (dotted name, type) of the modules that were joined into this one.
 
     parts are names from the model that was compressed; where that model has become part of a
     larger one, the same prefix stands before all of them.
@@ -76,6 +79,8 @@ def absorbed(name: str, module: nn.Module) -> list[tuple[str, str]]:
     if not parts:
         return []
     prefix = name[: -len(parts[0])] if name.endswith(parts[0]) else ""
-    kinds = ["ReLU"] if module.activation == "relu" else []
+    kinds = [_ACTIVATIONS[module.activation]] if module.activation else []
     kinds += ["MaxPool2d"] if getattr(module, "pool", 1) > 1 else []
+    if len(kinds) < len(parts) - 1:
+        kinds.insert(0, "BatchNorm2d" if hasattr(module, "kernel_size") else "BatchNorm1d")
     return [(prefix + part, kind) for part, kind in zip(parts[1:], kinds, strict=True)]

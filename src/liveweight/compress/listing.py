@@ -1,0 +1,64 @@
+"""The layers that compress_ looks at: their rows in the report, and why some are left alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from liveweight.compress import chains, edit, packing, swap
+from liveweight.compress.report import ChoiceRow
+
+
+def list_layers(model: nn.Module) -> tuple[list[ChoiceRow], dict[str, ChoiceRow]]:
+    """Return the rows of all layers, and by name those of layers that may get candidates."""
+    tied = edit.tied_parameters(model)
+    paths = edit.paths_by_module(model)
+    rows, wanted = [], {}
+    for name, module in model.named_modules():
+        row = describe(name, module)
+        if row is None:
+            continue
+        rows.append(row)
+        if row.chosen == "dense":
+            row.reason = why_not(name, module, tied, paths[id(module)])
+            if not row.reason:
+                wanted[name] = row
+    return rows, wanted
+
+
+def describe(name: str, module: nn.Module) -> ChoiceRow | None:
+    """Return the row of a module that has weights, None for any other."""
+    ours = swap.is_sparse(module) or packing.is_packed(module)
+    weight = module.weight if ours else module._parameters.get("weight")
+    if weight is None or weight.dim() < 2:
+        return None
+    density = float(torch.count_nonzero(weight.detach())) / max(1, weight.numel())
+    row = ChoiceRow(name, _kind(module), density)
+    if swap.is_sparse(module):
+        row.chosen, row.parts = swap.format_name(module), tuple(module.parts)
+        row.reason = "already sparse"
+    elif packing.is_packed(module):
+        row.chosen, row.parts, row.reason = packing.LABEL, tuple(module.parts), "already packed"
+    return row
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, nn.Linear) or swap.dense_type(module) is nn.Linear:
+        return "linear"
+    if isinstance(module, nn.Conv2d) or swap.dense_type(module) is nn.Conv2d:
+        return "conv"
+    return type(module).__name__
+
+
+def why_not(name: str, module: nn.Module, tied: set[int], paths: list[str]) -> str:
+    """Say why a module gets no candidates; "" where it does."""
+    if type(module) not in (nn.Linear, nn.Conv2d):
+        return f"left alone: {type(module).__name__} is not supported"
+    if not name:
+        return "left alone: the model itself is this layer; put it into a container"
+    if len(paths) > 1:
+        return f"left alone: the module has several names, {', '.join(paths)}"
+    reason = edit.why_not_plain(module, tied)
+    if not reason and chains.has_hooks(module):
+        reason = "it has hooks, which a replacement would lose"
+    return f"left alone: {reason}" if reason else ""
