@@ -70,7 +70,7 @@ class PackedModule(nn.Module):
             packed = self._reorder(weight.detach(), x)
         self._cache = (state, packed)
         if self._may_give_up and not weight.requires_grad:
-            del self._parameters["weight"]
+            self._parameters.pop("weight", None)  # another thread may have been here
         return packed
 
     @property
