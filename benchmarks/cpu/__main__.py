@@ -32,7 +32,7 @@ from cpu.timing import Settings
 
 OUT = ROOT / "benchmarks" / "results" / "cpu"
 QUICK_OUT = ROOT / "runs" / "bench-cpu"  # a quick run must not replace the recorded results
-BUSY_LOAD = 0.7  # other programs' share of one core
+BUSY = 0.15  # cores that other programs may use before a run is called disturbed
 
 
 def git(*words: str) -> str:
@@ -78,6 +78,22 @@ def measure_peaks() -> dict[int, float]:
     return found
 
 
+def cores_in_use(seconds: float = 0.3) -> float:
+    """Return how many cores other programs keep busy while this one sleeps (0: no figure)."""
+
+    def ticks() -> int:
+        try:
+            fields = pathlib.Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+        except OSError:
+            return 0
+        values = [int(field) for field in fields]
+        return sum(values) - values[3] - values[4]  # neither idle nor waiting for a disk
+
+    before = ticks()
+    time.sleep(seconds)
+    return (ticks() - before) / os.sysconf("SC_CLK_TCK") / seconds
+
+
 def run_table(table: tables.Table, options, stamp: dict) -> dict:
     """Measure a table; what fails ends this table alone, with the reason in its result."""
     peaks = measure_peaks()
@@ -85,6 +101,7 @@ def run_table(table: tables.Table, options, stamp: dict) -> dict:
     settings = Settings(options.quick, seconds * options.effort, peaks=peaks)
     result: dict = {"machine": stamp, "quick": options.quick, "effort": options.effort}
     result |= {"threads": table.threads, "peak_gflops": peaks, "rows": [], "problems": []}
+    result["cores_in_use_by_others"] = round(cores_in_use(), 2)
     result["failed"] = False
     start = time.monotonic()
     torch.manual_seed(0)
@@ -95,6 +112,9 @@ def run_table(table: tables.Table, options, stamp: dict) -> dict:
         for row in table.rows(settings):
             result["rows"].append(row)
             print(f"  {table.name}: {_line(row)}", flush=True)
+            if time.monotonic() - start > table.limit_s * max(1.0, options.effort):
+                result["problems"].append(f"stopped after {time.monotonic() - start:.0f} s")
+                break
     except Absent as reason:
         result["problems"].append(str(reason))
     except Exception as error:  # one broken table must not cost the others' results
@@ -152,8 +172,8 @@ def main(words: list[str] | None = None) -> int:
     if lw.info().parts["cpu"] != "loaded":
         print(f"the compiled CPU kernels are missing: {lw.info().parts['cpu']}")
         return 2
-    if os.getloadavg()[0] > BUSY_LOAD:
-        print(f"other programs run on this machine (load {os.getloadavg()[0]:.1f})")
+    if cores_in_use() > BUSY:
+        print(f"other programs keep {cores_in_use():.1f} cores busy: times will be disturbed")
         if options.quiet:
             return 3
     stamp, before, failed = machine(), load(options.out), []

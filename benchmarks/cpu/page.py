@@ -134,7 +134,9 @@ def nets(table: Table, rows: list[dict]) -> str:
     head = ["net", "removed", "threads", "batch", "eager ms", "compiled ms", "ours ms",
             "x eager", "x best dense", "choosing, s", "layers changed"]  # fmt: skip
     body = []
-    for row in rows:
+    place = {net: i for i, net in enumerate(dict.fromkeys(row["net"] for row in rows))}
+    keys = ("granularity", "threads", "batch", "sparsity")
+    for row in sorted(rows, key=lambda r: (place[r["net"]], *(r[k] for k in keys))):
         us, what = row["us"], "kernels" if row["granularity"] == "kernel" else "weights"
         ms = [us.get("eager"), us.get("torch.compile"), us["liveweight"]]
         body.append(
@@ -204,6 +206,9 @@ def page(results: dict, others: dict | None = None, plots: dict[str, str] | None
         busy = sum(bool(row.get("busy")) for row in result["rows"])
         if busy:
             parts.append(f"{busy} of {len(result['rows'])} cells were disturbed by other programs.")
+        in_use = result.get("cores_in_use_by_others", 0)
+        if in_use > 0.15:
+            parts.append(f"Other programs kept {in_use:.1f} cores busy when this table began.")
         parts.append(f"`{name}.json`, {result['seconds']:.0f} s.")
     parts.append(peers.section(others))
     return "\n\n".join(parts) + "\n"

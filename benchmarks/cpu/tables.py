@@ -15,6 +15,7 @@ class Table:
 
     form     "ratios": torch / dense / sparse in a cell; or the name of a renderer in page.py
     seconds  per cell, where the suite's figure does not fit
+    limit_s  no further cell is started after this, so that the suite ends in time
     """
 
     name: str
@@ -26,6 +27,7 @@ class Table:
     form: str = "ratios"
     threads: int = 1
     seconds: float | None = None
+    limit_s: float = 150.0
 
 
 TABLES = {
@@ -42,12 +44,12 @@ TABLES = {
             "nets", "Whole networks",
             "What a user gets from one call of `compress_` on a randomly pruned net, input to "
             "output; below 1 it would have been better left alone.",
-            net_cases.whole_nets, form="nets", seconds=1.5,
+            net_cases.whole_nets, form="nets", seconds=1.5, limit_s=540.0,
         ),
         Table(
             "linear", "Linear layers, single weights removed",
             "The core case, warm caches, one thread: what sparsity buys in one layer.",
-            linear_cases.linear, ("shape", "batch"),
+            linear_cases.linear, ("shape", "batch"), limit_s=300.0,
         ),
         Table(
             "linear_cold", "Linear layers and blocks with cold caches",
