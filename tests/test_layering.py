@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "_check": set(),
     "_graph": {"_check"},
     "_packing": {"_library", "_check"},
-    "reference": {"_check"},
+    "reference": {"_check", "formats"},
     "formats": {"_check", "_packing", "_library"},
     "ops": LOW,
     "nn": LOW | {"ops"},

@@ -8,7 +8,7 @@
 //   first(n) mask_from_bits(b)     load(p, mask)                store(p, v, mask)  bits(mask)
 //   + - * fma(a, b, c) = a * b + c   max(a, b) min(a, b) abs(v) relu(v)
 //   greater(a, b) select(mask, a, b) count_greater(count, v, limit) = count + (v > limit)
-//   gather(base, index) gather(base, index, n)    expand_load(p, bits)
+//   gather(base, index) gather(base, index, n)    expand_load(p, bits)   index: int32, uint16, uint8
 //   reduce_add(v) reduce_max(v)    popcount(bits) prefetch(p)
 //
 // load and load_first also take Bf16 and Half and widen to fp32. Where n lanes are asked for, n is

@@ -77,6 +77,20 @@ LW_INLINE Vec gather(const float* base, const int32_t* index, int n) {
   const __m256i at = _mm256_maskload_epi32(index, m);
   return {_mm256_mask_i32gather_ps(_mm256_setzero_ps(), base, at, _mm256_castsi256_ps(m), 4)};
 }
+LW_INLINE Vec gather(const float* base, const uint8_t* index) {
+  const __m128i at = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(index));
+  return {_mm256_i32gather_ps(base, _mm256_cvtepu8_epi32(at), 4)};
+}
+LW_INLINE Vec gather(const float* base, const uint16_t* index) {
+  const __m128i at = _mm_loadu_si128(reinterpret_cast<const __m128i*>(index));
+  return {_mm256_i32gather_ps(base, _mm256_cvtepu16_epi32(at), 4)};
+}
+template <class Index>
+LW_INLINE Vec gather(const float* base, const Index* index, int n) {
+  int32_t wide[8] = {};
+  for (int lane = 0; lane < n; ++lane) wide[lane] = index[lane];
+  return gather(base, wide, n);
+}
 
 // Row b: for each lane the number of set bits of b below it (its place among the packed values).
 struct ExpandTable {

@@ -63,6 +63,26 @@ LW_INLINE Vec gather(const float* base, const int32_t* index, int n) {
   const __m512i at = _mm512_maskz_loadu_epi32(m, index);
   return {_mm512_mask_i32gather_ps(_mm512_setzero_ps(), m, at, base, 4)};
 }
+LW_INLINE __m512i widen_index(__m128i index) { return _mm512_cvtepu8_epi32(index); }
+LW_INLINE __m512i widen_index(__m256i index) { return _mm512_cvtepu16_epi32(index); }
+LW_INLINE Vec gather(const float* base, const uint8_t* index) {
+  const __m128i at = _mm_loadu_si128(reinterpret_cast<const __m128i*>(index));
+  return {_mm512_i32gather_ps(widen_index(at), base, 4)};
+}
+LW_INLINE Vec gather(const float* base, const uint16_t* index) {
+  const __m256i at = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
+  return {_mm512_i32gather_ps(widen_index(at), base, 4)};
+}
+LW_INLINE Vec gather(const float* base, const uint8_t* index, int n) {
+  const __mmask16 m = first(n).m;
+  const __m512i at = widen_index(_mm_maskz_loadu_epi8(m, index));
+  return {_mm512_mask_i32gather_ps(_mm512_setzero_ps(), m, at, base, 4)};
+}
+LW_INLINE Vec gather(const float* base, const uint16_t* index, int n) {
+  const __mmask16 m = first(n).m;
+  const __m512i at = widen_index(_mm256_maskz_loadu_epi16(m, index));
+  return {_mm512_mask_i32gather_ps(_mm512_setzero_ps(), m, at, base, 4)};
+}
 // Lane l gets the next value of p when bit l is set, else 0; reads popcount(b) values.
 LW_INLINE Vec expand_load(const float* p, uint32_t b) {
   return {_mm512_maskz_expandloadu_ps(static_cast<__mmask16>(b), p)};

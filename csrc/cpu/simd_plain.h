@@ -76,10 +76,12 @@ LW_INLINE Vec count_greater(Vec count, Vec v, Vec limit) {
   return count + Vec{Float4(greater(v, limit).m & Int4(broadcast(1.0f).v))};
 }
 
-LW_INLINE Vec gather(const float* base, const int32_t* index) {
+template <class Index>
+LW_INLINE Vec gather(const float* base, const Index* index) {
   return {Float4{base[index[0]], base[index[1]], base[index[2]], base[index[3]]}};
 }
-LW_INLINE Vec gather(const float* base, const int32_t* index, int n) {
+template <class Index>
+LW_INLINE Vec gather(const float* base, const Index* index, int n) {
   Vec v = zero();
   for (int lane = 0; lane < n; ++lane) v.v[lane] = base[index[lane]];
   return v;

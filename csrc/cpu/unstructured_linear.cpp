@@ -1,143 +1,219 @@
-// y = act(x W^T + b) for W in compressed sparse rows.
+// y = act(x W^T + b) for W in tiles of rows and columns with one-byte columns.
 //
-// Batches are turned into panels (panels.h), so that one kept weight is one broadcast and a few
-// multiply-adds. A panel beyond the second-level cache is cut into tiles of columns: all rows of a
-// block use one tile before they go on to the next. A single sample has no lanes to share: there the
-// input is gathered. The order of a sum never depends on threads.
+// Batches are turned into panels (panels.h): one kept weight is then one broadcast and a few
+// multiply-adds. The columns of a tile are so few that their part of the panel stays in the
+// first-level cache, values and columns are read as one stream, and the sums of a block of rows stay
+// close. Up to four samples have too few lanes to share: there the input is gathered, each column
+// number once for all samples. The order of a sum never depends on threads.
 #include "unstructured_linear.h"
+
+#include "activation.h"
+
+namespace liveweight {
+
+// What becomes of the sums of a block of rows.
+struct RowsOut {
+  const float* bias;  // of the block's first row, or null
+  float* y;           // of the panel's first sample and the block's first row
+  int64_t sample_step, row_step;
+  int activation;
+};
+
+}  // namespace liveweight
+
+LW_DECLARE(void linear_fill(const float* x, int64_t row, int64_t column, int64_t K, Panel panel,
+                            int64_t begin, int64_t end, float* out))
+LW_DECLARE(void linear_block(const float* panel, int width, const Tiles& w, int64_t block, float* sums))
+LW_DECLARE(void linear_finish(const float* sums, int samples, int width, int rows, const RowsOut& out))
+LW_DECLARE(void linear_gather(const float* x, int64_t step, int samples, const Tiles& w, int64_t block,
+                              float* sums))
 
 namespace liveweight::LW_ISA {
 
-void linear_fill(const float* x, int64_t K, Panel panel, int64_t begin, int64_t end, float* out) {
-  fill_panel(x + panel.first * K, K, panel.count, panel.width, begin, end, out);
-}
-
-// First entry at or after `at` whose column is not below limit.
-LW_INLINE int32_t skip_below(const int32_t* columns, int32_t at, int32_t end, int32_t limit) {
-  for (; at + 16 <= end; at += 16) {
-    int32_t below = 0;
-    for (int i = 0; i < 16; ++i) below += columns[at + i] < limit;
-    if (below < 16) return at + below;
+// Columns [begin, end) of the panel's samples; x[m, k] is x[m * row + k * column]. Columns from K to
+// end, which fill up the last tile, become 0: no entry names them.
+void linear_fill(const float* x, int64_t row, int64_t column, int64_t K, Panel panel, int64_t begin,
+                 int64_t end, float* out) {
+  const int64_t stop = end < K ? end : K;
+  x += panel.first * row;
+  if (column == 1) {
+    fill_panel(x, row, panel.count, panel.width, begin, stop, out);
+  } else {
+    for (int64_t k = begin; k < stop; ++k) {
+      const float* from = x + k * column;
+      float* to = out + k * panel.width;
+      int m = 0;
+      for (; m + kLanes <= panel.count; m += kLanes) store(to + m, load(from + m));
+      if (m < panel.count) store_first(to + m, load_first(from + m, panel.count - m), panel.count - m);
+      for (m = panel.count; m < panel.width; ++m) to[m] = 0.0f;
+    }
   }
-  while (at < end && columns[at] < limit) ++at;
-  return at;
+  for (int64_t i = stop * panel.width; i < end * panel.width; ++i) out[i] = 0.0f;
 }
 
-// sums[0 .. kWidth) (+)= sum over the entries [at, end) of value * panel row.
-template <int kWidth>
-LW_INLINE void add_entries(const float* panel, SparseRows w, int32_t at, int32_t end, bool add,
-                           float* sums) {
+// The column numbers of eight entries in one word, or of one entry.
+struct Bytes {
+  typedef uint8_t Index;
+  uint64_t word;
+  explicit Bytes(const uint8_t* p) { __builtin_memcpy(&word, p, sizeof word); }
+  int64_t at(int i) const { return int64_t(word >> (8 * i) & 255); }
+};
+struct Shorts {
+  typedef uint16_t Index;
+  uint64_t word[2];
+  explicit Shorts(const uint16_t* p) { __builtin_memcpy(word, p, sizeof word); }
+  int64_t at(int i) const { return int64_t(word[i / 4] >> (16 * (i % 4)) & 65535); }
+};
+
+// sums[0 .. kWidth) += sum over `count` entries of value * row of the panel.
+template <int kWidth, class Eight>
+LW_INLINE void add_segment(const float* panel, const float* values, const typename Eight::Index* places,
+                           int count, float* sums) {
   constexpr int kStep = kWidth < kLanes ? kWidth : kLanes;
   constexpr int kParts = kWidth / kStep;
-  constexpr int kChains = kParts >= 4 ? 1 : 4 / kParts;  // independent sums hide the FMA's latency
-  Lanes<kStep> acc[kChains][kParts] = {};
-  for (; at + kChains <= end; at += kChains) {
+  constexpr int kChains = kParts >= 4 ? 1 : kParts == 2 ? 2 : 4;  // more sums hide the FMA's latency
+  Lanes<kStep> acc[kChains][kParts];
+#pragma GCC unroll 16
+  for (int part = 0; part < kParts; ++part) acc[0][part] = load_lanes<kStep>(sums + part * kStep);
 #pragma GCC unroll 8
-    for (int chain = 0; chain < kChains; ++chain) {
-      const float* row = panel + int64_t(w.columns[at + chain]) * kWidth;
-      const float value = w.values[at + chain];
+  for (int chain = 1; chain < kChains; ++chain) {
+#pragma GCC unroll 16
+    for (int part = 0; part < kParts; ++part) acc[chain][part] = Lanes<kStep>{};
+  }
+  int i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const Eight eight(places + i);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      const float* row = panel + eight.at(j) * kWidth;
 #pragma GCC unroll 16
       for (int part = 0; part < kParts; ++part) {
-        acc[chain][part] += value * load_lanes<kStep>(row + part * kStep);
+        acc[j % kChains][part] += values[i + j] * load_lanes<kStep>(row + part * kStep);
       }
     }
   }
-  for (; at < end; ++at) {
-    const float* row = panel + int64_t(w.columns[at]) * kWidth;
+  for (; i < count; ++i) {
+    const float* row = panel + int64_t(places[i]) * kWidth;
 #pragma GCC unroll 16
     for (int part = 0; part < kParts; ++part) {
-      acc[0][part] += w.values[at] * load_lanes<kStep>(row + part * kStep);
+      acc[0][part] += values[i] * load_lanes<kStep>(row + part * kStep);
     }
   }
 #pragma GCC unroll 16
   for (int part = 0; part < kParts; ++part) {
-    Lanes<kStep> sum = acc[0][part];
 #pragma GCC unroll 8
-    for (int chain = 1; chain < kChains; ++chain) sum += acc[chain][part];
-    if (add) sum += load_lanes<kStep>(sums + part * kStep);
-    store_lanes<kStep>(sums + part * kStep, sum);
+    for (int chain = 1; chain < kChains; ++chain) acc[0][part] += acc[chain][part];
+    store_lanes<kStep>(sums + part * kStep, acc[0][part]);
   }
 }
 
-// sums [rows, width] to y[m, n] = act(sums + bias), rows being n.
-LW_INLINE void finish_rows(const float* sums, int count, int width, int64_t first, int rows,
-                           const float* bias, bool relu, float* y, int64_t N) {
-  const float low = relu ? 0.0f : -__builtin_inff();
-  for (int m = 0; m < count; m += 4) {
-    const int samples = count - m < 4 ? count - m : 4;
+template <int kWidth, class Eight>
+void block_of_tiles(const float* panel, const Tiles& w, int64_t block, float* sums) {
+  typedef typename Eight::Index Index;
+  for (int64_t i = 0; i < w.rows * kWidth; i += 4) store_lanes<4>(sums + i, Lanes<4>{});
+  const int32_t* at = w.offsets + 2 * block * w.along;
+  const float* values = w.values + at[0];
+  const Index* places = static_cast<const Index*>(w.places) + at[0];
+  for (int64_t t = 0; t < w.along; ++t, at += 2, panel += w.columns * kWidth) {
+    const Index* segment = static_cast<const Index*>(w.segments) + 2 * int64_t(at[1]);
+    const Index* stop = static_cast<const Index*>(w.segments) + 2 * int64_t(at[3]);
+    for (; segment < stop; segment += 2) {
+      const int count = int(segment[1]) + 1;
+      add_segment<kWidth, Eight>(panel, values, places, count, sums + int64_t(segment[0]) * kWidth);
+      values += count;
+      places += count;
+    }
+  }
+}
+
+// sums [rows of a tile, width] of one block of rows and one panel.
+void linear_block(const float* panel, int width, const Tiles& w, int64_t block, float* sums) {
+#define LW_RUN(kWidth)                                              \
+  (w.wide ? block_of_tiles<kWidth, Shorts>(panel, w, block, sums) \
+          : block_of_tiles<kWidth, Bytes>(panel, w, block, sums))
+  if (width == 64) LW_RUN(64);
+  else if (width == 32) LW_RUN(32);
+  else if (width == 16) LW_RUN(16);
+  else LW_RUN(8);
+#undef LW_RUN
+}
+
+// sums [rows, width] to act(sums + bias), transposed where samples come first in y.
+void linear_finish(const float* sums, int samples, int width, int rows, const RowsOut& out) {
+  if (out.sample_step == 1) {
+    for (int r = 0; r < rows; ++r) {
+      const Vec shift = broadcast(out.bias ? out.bias[r] : 0.0f);
+      float* y = out.y + r * out.row_step;
+      int m = 0;
+      for (; m + kLanes <= samples; m += kLanes) {
+        store(y + m, activate(load(sums + r * width + m) + shift, out.activation));
+      }
+      if (m < samples) {
+        const int left = samples - m;
+        const Vec v = activate(load_first(sums + r * width + m, left) + shift, out.activation);
+        store_first(y + m, v, left);
+      }
+    }
+    return;
+  }
+  for (int m = 0; m < samples; m += 4) {
+    const int some_samples = samples - m < 4 ? samples - m : 4;
     for (int r = 0; r < rows; r += 4) {
       const int some = rows - r < 4 ? rows - r : 4;
       Lanes<4> v[4] = {}, shift = {};
       for (int i = 0; i < some; ++i) v[i] = load_lanes<4>(sums + (r + i) * width + m);
-      if (bias) __builtin_memcpy(&shift, bias + first + r, size_t(some) * sizeof(float));
+      if (out.bias) __builtin_memcpy(&shift, out.bias + r, size_t(some) * sizeof(float));
       transpose4(v);
-      for (int i = 0; i < samples; ++i) {
-        v[i] += shift;
-        v[i] = v[i] < low ? Lanes<4>{low, low, low, low} : v[i];
-        __builtin_memcpy(y + (m + i) * N + first + r, &v[i], size_t(some) * sizeof(float));
+      for (int i = 0; i < some_samples; ++i) {
+        v[i] = activate_lanes(v[i] + shift, out.activation);
+        __builtin_memcpy(out.y + (m + i) * out.sample_step + r, &v[i], size_t(some) * sizeof(float));
       }
     }
   }
 }
 
-template <int kWidth>
-void rows_of_panel(const float* panel, int count, SparseRows w, int64_t K, int64_t tile, int64_t begin,
-                   int64_t end, const float* bias, bool relu, float* sums, float* y, int64_t N) {
-  int32_t at[kBlockRows];
-  for (int64_t n0 = begin; n0 < end; n0 += kBlockRows) {
-    const int rows = int(end - n0 < kBlockRows ? end - n0 : kBlockRows);
-    if (tile >= K) {
-      for (int r = 0; r < rows; ++r) {
-        const int32_t* entry = w.offsets + n0 + r;
-        add_entries<kWidth>(panel, w, entry[0], entry[1], false, sums + r * kWidth);
+template <int kSamples, class Index>
+void gather_block(const float* x, int64_t step, const Tiles& w, int64_t block, float* sums) {
+  for (int64_t i = 0; i < w.rows * kSamples; ++i) sums[i] = 0.0f;
+  const int32_t* at = w.offsets + 2 * block * w.along;
+  const float* values = w.values + at[0];
+  const Index* places = static_cast<const Index*>(w.places) + at[0];
+  for (int64_t t = 0; t < w.along; ++t, at += 2, x += w.columns) {
+    const Index* segment = static_cast<const Index*>(w.segments) + 2 * int64_t(at[1]);
+    const Index* stop = static_cast<const Index*>(w.segments) + 2 * int64_t(at[3]);
+    for (; segment < stop; segment += 2) {
+      const int count = int(segment[1]) + 1;
+      Vec sum[kSamples];
+      for (int m = 0; m < kSamples; ++m) sum[m] = zero();
+      int i = 0;
+      for (; i + kLanes <= count; i += kLanes) {
+        const Vec value = load(values + i);
+        for (int m = 0; m < kSamples; ++m) sum[m] = fma(value, gather(x + m * step, places + i), sum[m]);
       }
-    } else {
-      for (int r = 0; r < rows; ++r) at[r] = w.offsets[n0 + r];
-      for (int64_t k = 0; k < K; k += tile) {
-        for (int r = 0; r < rows; ++r) {
-          const int32_t stop = skip_below(w.columns, at[r], w.offsets[n0 + r + 1], int32_t(k + tile));
-          add_entries<kWidth>(panel, w, at[r], stop, k > 0, sums + r * kWidth);
-          at[r] = stop;
-          // The next tile comes back here after all rows of the block: too far for the hardware.
-          for (int line = 0; line <= 16; line += 16) {
-            prefetch(w.values + stop + line);
-            prefetch(w.columns + stop + line);
-          }
+      if (i < count) {
+        const Vec value = load_first(values + i, count - i);
+        for (int m = 0; m < kSamples; ++m) {
+          sum[m] = fma(value, gather(x + m * step, places + i, count - i), sum[m]);
         }
       }
+      float* to = sums + int64_t(segment[0]) * kSamples;
+      for (int m = 0; m < kSamples; ++m) to[m] += reduce_add(sum[m]);
+      values += count;
+      places += count;
     }
-    finish_rows(sums, count, kWidth, n0, rows, bias, relu, y, N);
   }
 }
 
-void linear_rows(const float* panel, Panel shape, SparseRows w, int64_t K, int64_t tile, int64_t begin,
-                 int64_t end, const float* bias, bool relu, float* sums, float* y, int64_t N) {
-  y += shape.first * N;
-  auto run = shape.width == 64   ? rows_of_panel<64>
-             : shape.width == 32 ? rows_of_panel<32>
-             : shape.width == 16 ? rows_of_panel<16>
-             : shape.width == 8  ? rows_of_panel<8>
-                                 : rows_of_panel<4>;
-  run(panel, shape.count, w, K, tile, begin, end, bias, relu, sums, y, N);
-}
-
-void linear_gather(const float* x, SparseRows w, int64_t begin, int64_t end, const float* bias,
-                   bool relu, float* y) {
-  for (int64_t n = begin; n < end; ++n) {
-    int32_t at = w.offsets[n];
-    const int32_t stop = w.offsets[n + 1];
-    Vec sum = zero(), other = zero();
-    for (; at + 2 * kLanes <= stop; at += 2 * kLanes) {
-      sum = fma(load(w.values + at), gather(x, w.columns + at), sum);
-      other = fma(load(w.values + at + kLanes), gather(x, w.columns + at + kLanes), other);
-    }
-    for (; at < stop; at += kLanes) {
-      const int some = stop - at < kLanes ? stop - at : kLanes;
-      sum = fma(load_first(w.values + at, some), gather(x, w.columns + at, some), sum);
-    }
-    const float value = reduce_add(sum + other) + (bias ? bias[n] : 0.0f);
-    y[n] = relu && value < 0.0f ? 0.0f : value;
-  }
+// sums [rows of a tile, samples] of one block, for one to four samples of x, `step` apart.
+void linear_gather(const float* x, int64_t step, int samples, const Tiles& w, int64_t block, float* sums) {
+#define LW_RUN(kSamples)                                                   \
+  (w.wide ? gather_block<kSamples, uint16_t>(x, step, w, block, sums)     \
+          : gather_block<kSamples, uint8_t>(x, step, w, block, sums))
+  if (samples == 1) LW_RUN(1);
+  else if (samples == 2) LW_RUN(2);
+  else if (samples == 3) LW_RUN(3);
+  else LW_RUN(4);
+#undef LW_RUN
 }
 
 }  // namespace liveweight::LW_ISA
@@ -146,24 +222,129 @@ void linear_gather(const float* x, SparseRows w, int64_t begin, int64_t end, con
 namespace liveweight {
 namespace {
 
-Tensor unstructured_linear(const Tensor& x, const Tensor& values, const Tensor& row_offsets,
-                           const Tensor& columns, const std::optional<Tensor>& bias, bool relu) {
+constexpr int kGathered = 4;  // samples up to which gathering beats panels
+
+struct Linear {
+  const float* x;
+  int64_t x_row, x_column;  // steps from sample to sample and from feature to feature
+  int64_t M, K, N;
+  Tiles w;
+  const float* bias;
+  int activation;
+  float* y;
+  int64_t y_row, y_column;
+
+  int64_t padded() const { return w.along * w.columns; }
+
+  void finish(const float* sums, int64_t block, int64_t first, int samples, int width) const {
+    const int64_t row = block * w.rows;
+    const RowsOut out{bias ? bias + row : nullptr, y + first * y_row + row * y_column, y_row, y_column,
+                      activation};
+    LW_SELECT(linear_finish)(sums, samples, width, int(std::min(w.rows, N - row)), out);
+  }
+
+  void fill(const Panel& panel, int64_t begin, int64_t end, float* out) const {
+    LW_SELECT(linear_fill)(x, x_row, x_column, K, panel, begin, end, out);
+  }
+
+  void run_blocks(const float* filled, const Panel& panel, int64_t begin, int64_t end, float* sums) const {
+    for (int64_t block = begin; block < end; ++block) {
+      LW_SELECT(linear_block)(filled, panel.width, w, block, sums);
+      finish(sums, block, panel.first, panel.count, panel.width);
+    }
+  }
+
+  // Each worker fills and uses panels of its own.
+  void run_by_panel(const std::vector<Panel>& panels, int64_t threads) const {
+    const int64_t count = int64_t(panels.size());
+    parallel_for(count, (count + threads - 1) / threads, [&](int64_t begin, int64_t end) {
+      const int64_t width = panels[size_t(begin)].width;  // the first is the widest
+      Workspace<float> filled(padded() * width), sums(w.rows * width);
+      for (int64_t i = begin; i < end; ++i) {
+        fill(panels[size_t(i)], 0, padded(), filled.data());
+        run_blocks(filled.data(), panels[size_t(i)], 0, w.blocks, sums.data());
+      }
+    });
+  }
+
+  // All panels are filled together; then each worker takes a share of the blocks through all of them.
+  void run_by_blocks(const std::vector<Panel>& panels, int64_t threads) const {
+    int64_t lanes = 0;
+    for (const Panel& panel : panels) lanes += panel.width;
+    Workspace<float> filled(padded() * lanes);
+    parallel_for(padded(), (padded() + threads - 1) / threads, [&](int64_t begin, int64_t end) {
+      float* at = filled.data();
+      for (const Panel& panel : panels) {
+        fill(panel, begin, end, at);
+        at += padded() * panel.width;
+      }
+    });
+    parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
+      Workspace<float> sums(w.rows * 64);
+      const float* at = filled.data();
+      for (const Panel& panel : panels) {
+        run_blocks(at, panel, share_blocks(w, begin, threads), share_blocks(w, end, threads), sums.data());
+        at += padded() * panel.width;
+      }
+    });
+  }
+
+  void run_gathered(int64_t threads) const {
+    // Samples as rows of whole tiles, so that any column number names memory that is there.
+    const bool copy = x_column != 1 || padded() != K;
+    Workspace<float> rows(copy ? M * padded() : 0);
+    for (int64_t m = 0; copy && m < M; ++m) {
+      for (int64_t k = 0; k < K; ++k) rows[m * padded() + k] = x[m * x_row + k * x_column];
+      std::fill(rows.data() + m * padded() + K, rows.data() + (m + 1) * padded(), 0.0f);
+    }
+    const float* from = copy ? rows.data() : x;
+    const int64_t step = copy ? padded() : x_row;
+    parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
+      Workspace<float> sums(w.rows * kGathered);
+      for (int64_t b = share_blocks(w, begin, threads); b < share_blocks(w, end, threads); ++b) {
+        LW_SELECT(linear_gather)(from, step, int(M), w, b, sums.data());
+        finish(sums.data(), b, 0, int(M), int(M));
+      }
+    });
+  }
+
+  void run() const {
+    if (M == 0 || N == 0) return;
+    // A gathered multiply-add takes as long as six in lanes.
+    const int64_t threads = threads_for(double(kept_entries(w)) * double(M <= kGathered ? 6 * M : M));
+    if (M <= kGathered) return run_gathered(threads);
+    const std::vector<Panel> panels = split_panels(0, M, 8);
+    const int64_t count = int64_t(panels.size());
+    const bool even = M % 64 == 0 && count % threads == 0;
+    if (threads == 1 || even || count >= 4 * threads) return run_by_panel(panels, threads);
+    run_by_blocks(panels, threads);
+  }
+};
+
+Tensor unstructured_linear(const Tensor& x, const Tensor& values, const Tensor& columns,
+                           const Tensor& segments, const Tensor& offsets, const std::vector<int64_t>& tile,
+                           int64_t out_features, const std::optional<Tensor>& bias, int64_t activation,
+                           bool batch_last) {
   const char* op = "unstructured_linear";
+  LW_CHECK(x.dim() == 2, op, ": expected 2-D x, got shape ", shape_of(x));
   Linear job{};
-  job.x = checked_data<float>(op, "x", x, 2, ScalarType::Float);
-  job.M = x.size(0);
-  job.K = x.size(1);
-  job.w = check_pattern(op, values, row_offsets, columns, job.K);
-  job.N = job.w.count;
+  job.M = x.size(0), job.K = x.size(1), job.N = out_features;
+  const bool last = !x.is_contiguous();  // sample after sample in a feature
+  job.x = checked_data<float>(op, "x", last ? torch::stable::transpose(x, 0, 1) : x, 2, ScalarType::Float);
+  job.x_row = last ? 1 : job.K, job.x_column = last ? job.M : 1;
+  job.w = check_tiles(op, values, columns, segments, offsets, tile, job.N, job.K);
   if (bias) {
     job.bias = checked_data<float>(op, "bias", *bias, 1, ScalarType::Float);
     LW_CHECK(bias->numel() == job.N, op, ": expected bias [", job.N, "], got ", shape_of(*bias));
   }
-  job.relu = relu;
-  Tensor y = torch::stable::new_empty(x, {job.M, job.N});
+  LW_CHECK(activation >= 0 && activation < kActivations, op, ": unknown activation ", activation);
+  job.activation = int(activation);
+  Tensor y = torch::stable::new_empty(x, batch_last ? std::vector<int64_t>{job.N, job.M}
+                                                    : std::vector<int64_t>{job.M, job.N});
   job.y = static_cast<float*>(y.mutable_data_ptr());
+  job.y_row = batch_last ? 1 : job.N, job.y_column = batch_last ? job.M : 1;
   job.run();
-  return y;
+  return batch_last ? torch::stable::transpose(y, 0, 1) : y;
 }
 
 }  // namespace

@@ -44,6 +44,47 @@ def csr_pattern(mask: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(row_offsets).to(mask.device), torch.from_numpy(columns).to(mask.device)
 
 
+def _tile_pattern(mask: np.ndarray, tile: tuple[int, int]) -> tuple[np.ndarray, ...]:
+    (rows, columns), (R, T) = np.nonzero(mask), tile
+    if rows.size > _LIMIT:
+        raise ValueError(f"tile_pattern: at most {_LIMIT} entries, got {rows.size}")
+    kind = np.uint8 if T <= 256 else np.int16
+    along = -(-mask.shape[1] // T)
+    place = rows // R * along + columns // T  # tile of each entry
+    tiles = -(-mask.shape[0] // R) * along
+    names, segment, counts = np.unique(
+        place * R + rows % R, return_inverse=True, return_counts=True
+    )
+    ranked = np.lexsort((names % R, -counts, names // R))  # segments in their final order
+    rank = np.empty_like(ranked)
+    rank[ranked] = np.arange(ranked.size)
+    order = np.lexsort((columns, rank[segment]))
+    segments = np.stack([names[ranked] % R, counts[ranked] - 1], axis=1).astype(kind)
+    offsets = np.zeros((tiles + 1, 2), dtype=np.int32)
+    offsets[1:, 0] = np.cumsum(np.bincount(place, minlength=tiles))
+    offsets[1:, 1] = np.cumsum(np.bincount(names // R, minlength=tiles))
+    flat = rows[order] * mask.shape[1] + columns[order]
+    return flat, (columns[order] % T).astype(kind), segments, offsets
+
+
+def tile_pattern(mask: Tensor, tile: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return where a mask is set, tile after tile: (order, columns, segments, offsets).
+
+    mask      [N, K] bool or uint8
+    tile      (R, T) rows and columns of a tile
+    order     [nnz] int64: places in the flattened mask
+    columns   [nnz] uint8 (T <= 256) or int16: columns inside the tile, rising in a segment
+    segments  [S, 2] like columns: row inside the tile, number of entries - 1; most entries first
+    offsets   [tiles + 1, 2] int32: first entry and first segment of each tile
+
+    Raises TypeError for another dtype, ValueError for another rank or more than 2**31 - 1 entries.
+    """
+    check_tensor("tile_pattern", "mask", mask, dim=2, dtypes=_MASKS)
+    find = _library.pack.tile_pattern if _library.pack is not None else _tile_pattern
+    parts = find(_as_array(mask), tuple(tile))
+    return tuple(torch.from_numpy(part).to(mask.device) for part in parts)
+
+
 def pack_bits(mask: Tensor) -> Tensor:
     """Return the flattened mask as bits: bit i % 8 of byte i // 8 is set where mask[i] is.
 

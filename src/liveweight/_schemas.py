@@ -16,23 +16,31 @@ SCHEMAS: dict[str, str] = {
     "unstructured_linear": """(
         Tensor x,
         Tensor values,
-        Tensor row_offsets,
         Tensor columns,
+        Tensor segments,
+        Tensor offsets,
+        int[2] tile,
+        int out_features,
         Tensor? bias,
-        bool relu
+        int activation,
+        bool batch_last
     ) -> Tensor""",
     "unstructured_linear_grad_x": """(
         Tensor grad,
         Tensor values,
-        Tensor row_offsets,
         Tensor columns,
+        Tensor segments,
+        Tensor offsets,
+        int[2] tile,
         int in_features
     ) -> Tensor""",
     "unstructured_linear_grad_values": """(
         Tensor grad,
         Tensor x,
-        Tensor row_offsets,
-        Tensor columns
+        Tensor columns,
+        Tensor segments,
+        Tensor offsets,
+        int[2] tile
     ) -> Tensor""",
     "kernelwise_conv2d": """(
         Tensor x,

@@ -33,24 +33,26 @@ def mass_mask() -> Iterator[tuple]:
 
 def linears() -> Iterator[tuple]:
     for M, K, N in [(0, 5, 3), (1, 17, 9), (3, 63, 33), (19, 129, 40), (40, 300, 17)]:
-        weight = formats.Unstructured.from_dense(sparse(N, K))
+        tile = (16, 300) if M % 2 else None
+        weight = formats.Unstructured.from_dense(sparse(N, K), tile=tile)
         yield torch.randn(M, K), torch.randn(M, N), torch.randn(N), weight
 
 
 def unstructured_linear() -> Iterator[tuple]:
     for x, _, bias, w in linears():
-        yield x, w.values, w.row_offsets, w.columns, bias, True
-        yield x, w.values, w.row_offsets, w.columns, None, False
+        index = (w.columns, w.segments, w.offsets, w.tile)
+        yield x, w.values, *index, w.shape[0], bias, 1, False
+        yield x, w.values, *index, w.shape[0], None, 2, True
 
 
 def unstructured_linear_grad_x() -> Iterator[tuple]:
     for x, grad, _, w in linears():
-        yield grad, w.values, w.row_offsets, w.columns, x.shape[1]
+        yield grad, w.values, w.columns, w.segments, w.offsets, w.tile, x.shape[1]
 
 
 def unstructured_linear_grad_values() -> Iterator[tuple]:
     for x, grad, _, w in linears():
-        yield grad, x, w.row_offsets, w.columns
+        yield grad, x, w.columns, w.segments, w.offsets, w.tile
 
 
 def convs() -> Iterator[tuple]:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from liveweight import _packing
 from liveweight.formats import Kernelwise, Unstructured
 
 SPECIAL = st.sampled_from([0.0, -0.0, 1.5, -2.0, 1e-40, float("inf")])
@@ -56,11 +57,13 @@ def test_small_example():
     packed = Unstructured.from_dense(
         torch.tensor([[0.0, 2.0, -0.0], [0.0, 0.0, 0.0], [3.0, 0.0, 4.0]])
     )
-    assert packed.values.tolist() == [2.0, 3.0, 4.0]
-    assert packed.row_offsets.tolist() == [0, 1, 1, 3]
-    assert packed.columns.tolist() == [1, 0, 2]
-    assert packed.row_offsets.dtype == packed.columns.dtype == torch.int32
-    assert packed.nbytes == 4 * (3 + 4 + 3) and packed.device.type == "cpu"
+    # The row with two entries comes first.
+    assert packed.values.tolist() == [3.0, 4.0, 2.0]
+    assert packed.columns.tolist() == [0, 2, 1]
+    assert packed.segments.tolist() == [[2, 1], [0, 0]]
+    assert packed.offsets.tolist() == [[0, 0], [3, 2]]
+    assert packed.columns.dtype == packed.segments.dtype == torch.uint8
+    assert packed.nbytes == 3 * 5 + 2 * 2 + 4 * 4 and packed.device.type == "cpu"
 
 
 def test_kernel_of_negative_zeros_is_removed_and_zeros_inside_a_kept_kernel_stay():
@@ -166,32 +169,100 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("field,value,error,message", BROKEN)
-@pytest.mark.parametrize("kind", [Unstructured, Kernelwise])
-def test_validate_names_the_broken_invariant(kind, field, value, error, message):
-    linear = kind is Unstructured
-    names = ("row_offsets", "columns") if linear else ("filter_offsets", "channels")
+def test_validate_names_the_broken_invariant(field, value, error, message):
     weight = torch.tensor([[0.0, 2.0, 0.0], [3.0, 0.0, 4.0]])
-    good = kind.from_dense(weight if linear else weight[:, :, None, None]).validate()
-    name = {"offsets": names[0], "indices": names[1]}.get(field, field)
-    if not linear:
-        if field == "values" and value.dim() == 1 and value.numel() == 3:
-            value = value.reshape(3, 1, 1)
-        if field == "shape" and len(value) == 2:
-            value = (*value, 1, 1)
+    good = Kernelwise.from_dense(weight[:, :, None, None]).validate()
+    name = {"offsets": "filter_offsets", "indices": "channels"}.get(field, field)
+    if field == "values" and value.dim() == 1 and value.numel() == 3:
+        value = value.reshape(3, 1, 1)
+    if field == "shape" and len(value) == 2:
+        value = (*value, 1, 1)
     broken = dataclasses.replace(good, **{name: value})
-    with pytest.raises(error, match=f"{kind.__name__}: .*{message}"):
+    with pytest.raises(error, match=f"Kernelwise: .*{message}"):
         broken.validate()
+
+
+def bytes_of(*numbers: int) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.uint8)
+
+
+# The good one: values [3, 4, 2], columns [0, 2, 1], segments [[1, 1], [0, 0]], offsets to (3, 2).
+BROKEN_TILES = [
+    ("columns", int32(0, 2, 1), TypeError, "columns must be uint8, got int32"),
+    ("columns", bytes_of(0, 3, 1), ValueError, "columns reach 3, beyond shape"),
+    ("columns", bytes_of(2, 0, 1), ValueError, "columns must rise inside a segment"),
+    ("columns", bytes_of(2, 2, 1), ValueError, "columns must rise inside a segment"),
+    ("columns", bytes_of(0, 2, 1)[None], ValueError, "columns must be"),
+    ("segments", bytes_of(1, 1, 0, 0), ValueError, "segments must be"),
+    ("segments", bytes_of(1, 0, 0, 0).view(2, 2), ValueError, "count different entries"),
+    ("segments", bytes_of(1, 1, 1, 0).view(2, 2), ValueError, "a row stands twice"),
+    ("segments", bytes_of(1, 1, 2, 0).view(2, 2), ValueError, "segments reach 2, beyond shape"),
+    ("segments", bytes_of(1, 1, 99, 0).view(2, 2), ValueError, "name rows beyond tile"),
+    ("offsets", torch.tensor([[0, 0], [3, 2]]), TypeError, "offsets must be int32, got int64"),
+    ("offsets", int32(0, 0, 3, 2, 3, 2).view(3, 2), ValueError, "offsets must be"),
+    ("offsets", int32(0, 0, 3, 1).view(2, 2), ValueError, "offsets must rise from"),
+    ("offsets", int32(0, 1, 3, 2).view(2, 2), ValueError, "offsets must rise from"),
+    ("values", torch.zeros(2), ValueError, "values must have shape .*, got \\(2,\\)"),
+    ("values", torch.zeros(3, dtype=torch.int32), TypeError, "must be floating point, got int32"),
+    ("values", torch.zeros(3, device="meta"), ValueError, "values on meta, indices on cpu"),
+    ("shape", (2, -3), ValueError, "shape must be"),
+    ("shape", (2, 2), ValueError, "columns reach 2, beyond shape"),
+    ("tile", (16, 0), ValueError, "tile must be within"),
+    ("tile", (16, 999), TypeError, "columns must be int16, got uint8"),
+]
+
+
+@pytest.mark.parametrize("field,value,error,message", BROKEN_TILES)
+def test_validate_names_what_is_broken_in_tiles(field, value, error, message):
+    weight = torch.tensor([[0.0, 2.0, 0.0], [3.0, 0.0, 4.0]])
+    good = Unstructured.from_dense(weight).validate()
+    assert good.segments.tolist() == [[1, 1], [0, 0]]
+    with pytest.raises(error, match=f"Unstructured: .*{message}"):
+        dataclasses.replace(good, **{field: value}).validate()
 
 
 @pytest.mark.parametrize("kind", [Unstructured, Kernelwise])
 def test_validate_wants_one_device(kind):
     good = kind.from_dense(torch.ones(2, 3) if kind is Unstructured else torch.ones(2, 3, 1, 1))
-    name = "row_offsets" if kind is Unstructured else "filter_offsets"
+    name = "segments" if kind is Unstructured else "filter_offsets"
     other = getattr(good, name).to("meta")
     with pytest.raises(ValueError, match=f"{name} on meta, .* on cpu"):
         dataclasses.replace(good, **{name: other}).validate()
 
 
-def test_columns_may_fall_between_rows():
-    good = Unstructured(torch.ones(3), int32(0, 2, 3), int32(0, 2, 1), (2, 3)).validate()
-    assert good.to_dense().tolist() == [[1, 0, 1], [0, 1, 0]]
+@given(
+    weights(2),
+    st.integers(1, 256),
+    st.one_of(st.integers(1, 40), st.integers(257, 400)),
+)
+@settings(deadline=None, max_examples=60)
+def test_any_tile_holds_every_weight(weight, rows, columns):
+    packed = Unstructured.from_dense(weight, tile=(rows, columns)).validate()
+    assert torch.equal(packed.to_dense(), weight)
+    counts = packed.segments[:, 1].long()
+    same_tile = (
+        torch.repeat_interleave(
+            torch.arange(packed.offsets.shape[0] - 1), packed.offsets[:, 1].diff().long()
+        )
+        .diff()
+        .eq(0)
+    )
+    assert bool((counts.diff()[same_tile] <= 0).all())  # long rows first
+
+
+def test_both_packers_agree(monkeypatch):
+    mask = torch.rand(70, 600) < 0.2
+    for tile in [(16, 256), (7, 300), (256, 32768)]:
+        compiled = _packing.tile_pattern(mask, tile)
+        with monkeypatch.context() as patch:
+            patch.setattr("liveweight._library.pack", None)
+            plain = _packing.tile_pattern(mask, tile)
+        for a, b in zip(compiled, plain, strict=True):
+            assert a.dtype == b.dtype and torch.equal(a.long(), b.long())
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9, 0.95, 0.98])
+def test_memory_of_single_weights(sparsity):
+    weight = torch.randn(512, 1024) * (torch.rand(512, 1024) >= sparsity)
+    packed = Unstructured.from_dense(weight)
+    assert packed.nbytes <= 1.05 * 6 * packed.density * weight.numel()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ from liveweight.nn import SparseConv2d, SparseLinear
 
 EYE = Unstructured.from_dense(torch.eye(3))
 KERNELS = Kernelwise.from_dense(torch.ones(3, 1, 1, 1))
-BROKEN = Unstructured(EYE.values, EYE.row_offsets, EYE.columns + 9, (3, 3))
+BROKEN = dataclasses.replace(EYE, columns=EYE.columns + 9)
 BAD = {
     "linear from conv": (
         lambda: SparseLinear.from_dense(nn.Conv2d(1, 1, 1)),
@@ -59,9 +61,9 @@ BAD = {
         r"expected bias \[3\], got \(4,\)",
     ),
     "activation": (
-        lambda: SparseLinear(EYE, activation="gelu"),
+        lambda: SparseLinear(EYE, activation="tanh"),
         ValueError,
-        "None or 'relu', got 'gelu'",
+        "'gelu_tanh', got 'tanh'",
     ),
     "conv activation": (
         lambda: SparseConv2d(KERNELS, activation="gelu"),
@@ -79,7 +81,7 @@ BAD = {
         ValueError,
         "pool must be a whole number >= 1, got 0",
     ),
-    "broken": (lambda: SparseLinear(BROKEN), ValueError, r"columns must be in \[0, 3\), got 9"),
+    "broken": (lambda: SparseLinear(BROKEN), ValueError, "columns reach 11, beyond shape"),
     "x": (
         lambda: SparseLinear(EYE)(torch.ones(2, 4)),
         ValueError,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +12,14 @@ from torch.library import opcheck
 from liveweight import reference
 from liveweight.formats import Unstructured
 from liveweight.ops import unstructured_linear
+from liveweight.ops.activation import activation_code
 
 OPS = torch.ops.liveweight
+
+
+def index_of(packed):
+    """Return the index arguments of the ops."""
+    return packed.columns, packed.segments, packed.offsets, packed.tile
 
 
 def make(M: int, N: int, K: int, density: float = 0.3, dtype=torch.float32):
@@ -23,7 +31,7 @@ def make(M: int, N: int, K: int, density: float = 0.3, dtype=torch.float32):
 
 def expected(x, weight, bias, activation=None):
     y = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    return y.relu() if activation else y
+    return reference.apply_activation(y, activation_code(activation))
 
 
 def assert_close(got, want, terms: int):
@@ -45,10 +53,26 @@ def test_forward(M, N, K):
             assert_close(got, expected(x, weight, b, activation), K)
 
 
-def test_panel_beyond_the_cache_is_tiled():
-    # 64 lanes of 3000 columns are 768 KB, above the limit of 512 KB.
-    x, weight, packed, bias = make(70, 150, 3000, 0.2)
-    assert_close(unstructured_linear(x, packed, bias), expected(x, weight, bias), 3000)
+@pytest.mark.parametrize("tile", [(1, 1), (16, 32), (7, 300), (256, 256), (256, 32768)])
+@pytest.mark.parametrize("M", [2, 5, 70])
+def test_any_tile(M, tile):
+    x, weight, _, bias = make(M, 150, 700, 0.2)
+    packed = Unstructured.from_dense(weight, tile=tile)
+    for activation in ("gelu", "gelu_tanh"):
+        got = unstructured_linear(x, packed, bias, activation=activation)
+        assert_close(got, expected(x, weight, bias, activation), 700)
+
+
+@pytest.mark.parametrize("M", [0, 1, 3, 5, 64, 70])
+def test_batch_last_is_only_another_layout(M):
+    x, weight, packed, bias = make(M, 37, 50)
+    want = unstructured_linear(x, packed, bias, activation="relu")
+    turned = x.t().contiguous().t()
+    for given in (x, turned):
+        for last in (False, True):
+            got = unstructured_linear(given, packed, bias, activation="relu", batch_last=last)
+            assert torch.equal(got, want)
+            assert (got.t() if last else got).is_contiguous()
 
 
 @pytest.mark.parametrize("density", [0.0, 1.0])
@@ -98,7 +122,7 @@ def test_removed_weights_stop_nan_and_inf(M, poison):
 
 
 @pytest.mark.parametrize("M", [1, 5, 40, 200])
-@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu", "gelu_tanh"])
 def test_gradients(M, activation):
     x, weight, packed, bias = make(M, 37, 90)
     inputs = [x, packed.values, bias]
@@ -109,7 +133,7 @@ def test_gradients(M, activation):
     dense = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
     expected(*dense, activation).backward(grad.double())
     assert_close(x.grad, dense[0].grad, 37)
-    assert_close(packed.values.grad, dense[1].grad[weight != 0], M)
+    assert_close(packed.values.grad, dense[1].grad[packed.coordinates()], M)
     assert_close(bias.grad, dense[2].grad, M)
 
 
@@ -130,13 +154,13 @@ def test_gradients_of_an_empty_batch_are_zero():
     assert x.grad.shape == (0, 11) and not packed.values.grad.any() and not bias.grad.any()
 
 
-@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu", "gelu_tanh"])
 def test_gradcheck_in_float64(activation):
     x, _, packed, bias = make(4, 5, 6, 0.5, torch.float64)
     values = packed.values.requires_grad_()
 
     def run(x, values, bias):
-        weight = Unstructured(values, packed.row_offsets, packed.columns, packed.shape)
+        weight = dataclasses.replace(packed, values=values)
         return unstructured_linear(x, weight, bias, activation=activation)
 
     assert torch.autograd.gradcheck(run, (x.requires_grad_(), values, bias.requires_grad_()))
@@ -174,7 +198,7 @@ def test_autocast_casts_the_input_back():
 def test_threads_change_nothing(M):
     x, _, packed, bias = make(M, 300, 700, 0.5)
     grad = torch.randn(M, 300)
-    index = (packed.row_offsets, packed.columns)
+    index = index_of(packed)
     results = []
     before = torch.get_num_threads()
     for threads in (1, 2, 3):
@@ -193,8 +217,8 @@ def test_threads_change_nothing(M):
 
 def test_kernels_agree_with_the_references():
     x, _, packed, bias = make(20, 30, 50)
-    grad, index = torch.randn(20, 30), (packed.row_offsets, packed.columns)
-    args = (x, packed.values, *index, bias, True)
+    grad, index = torch.randn(20, 30), index_of(packed)
+    args = (x, packed.values, *index, 30, bias, 1, False)
     torch.testing.assert_close(OPS.unstructured_linear(*args), reference.unstructured_linear(*args))
     args = (grad, packed.values, *index, 50)
     torch.testing.assert_close(
@@ -209,22 +233,22 @@ def test_kernels_agree_with_the_references():
 
 def test_reference_works_through_its_batches_in_parts(monkeypatch):
     x, weight, packed, bias = make(20, 30, 50)
-    grad, index = torch.randn(20, 30), (packed.row_offsets, packed.columns)
+    grad, index = torch.randn(20, 30), index_of(packed)
     monkeypatch.setattr("liveweight.reference.parts._CHUNK", 3 * packed.values.numel())
-    got = reference.unstructured_linear(x, packed.values, *index, bias, False)
+    got = reference.unstructured_linear(x, packed.values, *index, 30, bias, 0, False)
     assert_close(got, expected(x, weight, bias), 50)
     got = reference.unstructured_linear_grad_x(grad, packed.values, *index, 50)
     assert_close(got, grad.double() @ weight.double(), 30)
     got = reference.unstructured_linear_grad_values(grad, x, *index)
-    assert_close(got, (grad.double().T @ x.double())[weight != 0], 20)
+    assert_close(got, (grad.double().T @ x.double())[packed.coordinates()], 20)
 
 
 @pytest.mark.parametrize("M", [0, 5])
 def test_opcheck(M):
     x, _, packed, bias = make(M, 8, 12)
-    grad, index = torch.randn(M, 8), (packed.row_offsets, packed.columns)
-    opcheck(OPS.unstructured_linear.default, (x, packed.values, *index, bias, True))
-    opcheck(OPS.unstructured_linear.default, (x, packed.values, *index, None, False))
+    grad, index = torch.randn(M, 8), index_of(packed)
+    opcheck(OPS.unstructured_linear.default, (x, packed.values, *index, 8, bias, 1, False))
+    opcheck(OPS.unstructured_linear.default, (x, packed.values, *index, 8, None, 2, True))
     opcheck(OPS.unstructured_linear_grad_x.default, (grad, packed.values, *index, 12))
     opcheck(OPS.unstructured_linear_grad_values.default, (grad, x, *index))
 
@@ -234,7 +258,7 @@ def test_compile_forward_and_backward(backend):
     x, _, packed, bias = make(5, 8, 12)
 
     def run(x, values, bias):
-        weight = Unstructured(values, packed.row_offsets, packed.columns, packed.shape)
+        weight = dataclasses.replace(packed, values=values)
         return unstructured_linear(x * 2, weight, bias, activation="relu") + 1
 
     grads = []
@@ -249,7 +273,7 @@ def test_compile_forward_and_backward(backend):
 
 def bad_calls():
     x, _, packed, bias = make(2, 5, 6)
-    half = Unstructured(packed.values.half(), packed.row_offsets, packed.columns, packed.shape)
+    half = dataclasses.replace(packed, values=packed.values.half())
     yield (
         (x, torch.ones(5, 6), bias),
         {},
@@ -263,7 +287,7 @@ def bad_calls():
     yield (x.half(), half, bias), {}, TypeError, "expected bias float16, got float32"
     yield (x, packed, bias[:4]), {}, ValueError, r"expected bias \[5\], got \(4,\)"
     yield (x, packed, 1.0), {}, TypeError, "bias must be a tensor or None, got float"
-    yield (x, packed, bias), {"activation": "gelu"}, ValueError, "None or 'relu', got 'gelu'"
+    yield (x, packed, bias), {"activation": "tanh"}, ValueError, "'gelu_tanh', got 'tanh'"
 
 
 @pytest.mark.parametrize("case", range(len(list(bad_calls()))))
@@ -275,19 +299,22 @@ def test_messages(case):
 
 def test_launchers_guard_memory():
     x, _, packed, bias = make(2, 5, 6, 1.0)
-    values, offsets, columns = packed.values, packed.row_offsets, packed.columns
+    values, columns, segments, offsets, tile = packed.values, *index_of(packed)
 
-    def refuses(message, *args):
+    def refuses(message, x=x, values=values, columns=columns, segments=segments, offsets=offsets,
+                tile=tile, bias=bias):  # fmt: skip
         with pytest.raises(RuntimeError, match=message):
-            OPS.unstructured_linear(*args)
+            OPS.unstructured_linear(x, values, columns, segments, offsets, tile, 5, bias, 0, False)
 
-    refuses("columns must be in", x[:, :4].contiguous(), values, offsets, columns, bias, False)
-    refuses("expected contiguous x", x.t().contiguous().t(), values, offsets, columns, bias, False)
-    refuses("x has the wrong dtype", x.double(), values, offsets, columns, bias, False)
-    refuses("must rise from 0", x, values, offsets.flip(0), columns, bias, False)
-    refuses("expected 30 values", x, values[:29], offsets, columns, bias, False)
-    refuses(r"expected bias \[5\]", x, values, offsets, columns, bias[:4], False)
-    with pytest.raises(RuntimeError, match="expected grad"):
-        OPS.unstructured_linear_grad_x(x, values, offsets, columns, 6)
-    with pytest.raises(RuntimeError, match="expected grad"):
-        OPS.unstructured_linear_grad_values(x, x, offsets, columns)
+    refuses("expected contiguous x", x=torch.randn(2, 12)[:, ::2])
+    refuses("x has the wrong dtype", x=x.double())
+    refuses("must rise from", offsets=offsets.flip(0))
+    refuses("expected 30 values", values=values[:29])
+    refuses("columns has the wrong dtype", columns=columns.short())
+    refuses("segments do not agree", segments=segments + 1)
+    refuses("segments do not agree", segments=segments + torch.tensor([16, 0], dtype=torch.uint8))
+    refuses("tile must be within", tile=(0, 256))
+    refuses("expected offsets", tile=(16, 2))
+    refuses(r"expected bias \[5\]", bias=bias[:4])
+    with pytest.raises(RuntimeError, match="unknown activation 9"):
+        OPS.unstructured_linear(x, values, *index_of(packed), 5, bias, 9, False)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from liveweight.formats import Unstructured
 from liveweight.nn.sparse_module import SparseModule, find_format, read_dense
-from liveweight.ops.unstructured_linear import apply_unstructured, check_activation
+from liveweight.ops.activation import activation_code
+from liveweight.ops.unstructured_linear import apply_unstructured
 
 _DEFAULT = "unstructured"
 
@@ -19,11 +20,9 @@ class SparseLinear(SparseModule):
     x        [..., in_features] float32 (other dtypes run in plain PyTorch)
     returns  [..., out_features] like x
 
-    values       Parameter [nnz]: the kept weights, row after row
-    row_offsets  buffer [out_features + 1] int32
-    columns      buffer [nnz] int32
+    values       Parameter: the kept weights, in the order of the format
     bias         Parameter [out_features] or None
-    activation   None or "relu", applied to the output
+    activation   None, "relu", "gelu" or "gelu_tanh", applied to the output
     parts        names of the modules that this one stands for, where several were joined
 
     Raises ValueError (shapes, names) and TypeError (types, dtypes).
@@ -40,9 +39,10 @@ class SparseLinear(SparseModule):
         activation: str | None = None,
         parts: tuple[str, ...] = (),
     ) -> None:
-        check_activation(activation)
+        activation_code(activation)
         super().__init__(weight, bias, activation, parts)
         self.out_features, self.in_features = weight.shape
+        self.tile = weight.tile
 
     @classmethod
     def from_dense(
@@ -75,11 +75,13 @@ class SparseLinear(SparseModule):
         return apply_unstructured(
             x,
             parameters["values"],
-            buffers["row_offsets"],
             buffers["columns"],
-            self.in_features,
+            buffers["segments"],
+            buffers["offsets"],
+            self.tile,
+            self.weight_shape,
             parameters["bias"],
-            check_activation(self.activation),
+            activation_code(self.activation),
         )
 
     def extra_repr(self) -> str:

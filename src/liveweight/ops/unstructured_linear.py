@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from liveweight import _library, reference
 from liveweight.formats import Unstructured
+from liveweight.ops.activation import activation_code
+from liveweight.ops.unstructured_linear_grad import UnstructuredLinear, select
 
-_float32 = torch.float32
+_NAME = "unstructured_linear"
 
 
 def unstructured_linear(
@@ -18,13 +19,16 @@ def unstructured_linear(
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
+    batch_last: bool = False,
 ) -> Tensor:
     """Apply a weight-sparse linear layer: y = act(x W^T + b).
 
     x           [..., K] float32 (other dtypes, and devices without a kernel: plain PyTorch)
     weight      [N, K], values like x
     bias        [N] like x, or None
-    activation  None or "relu"
+    activation  None, "relu", "gelu" or "gelu_tanh"
+    batch_last  lay y out with the samples of a feature side by side: y.t() is contiguous. An x laid
+                out like that is read as it is; values are the same either way
     returns     [..., N] like x
 
     Differentiable once, in x, the values and the bias. The index values of weight are not checked
@@ -33,59 +37,55 @@ def unstructured_linear(
     """
     if not isinstance(weight, Unstructured):
         raise TypeError(
-            f"unstructured_linear: weight must be formats.Unstructured, got {type(weight).__name__}"
+            f"{_NAME}: weight must be formats.Unstructured, got {type(weight).__name__}"
         )
-    parts = (weight.values, weight.row_offsets, weight.columns)
-    return apply_unstructured(x, *parts, weight.shape[1], bias, check_activation(activation))
-
-
-def check_activation(activation: str | None) -> bool:
-    """Return whether the activation is ReLU; raise ValueError for names that are not known."""
-    if activation is None:
-        return False
-    if activation != "relu":
-        raise ValueError(f"activation must be None or 'relu', got {activation!r}")
-    return True
+    parts = (weight.values, weight.columns, weight.segments, weight.offsets)
+    code = activation_code(activation)
+    return apply_unstructured(x, *parts, weight.tile, weight.shape, bias, code, batch_last)
 
 
 def apply_unstructured(
     x: Tensor,
     values: Tensor,
-    row_offsets: Tensor,
     columns: Tensor,
-    in_features: int,
+    segments: Tensor,
+    offsets: Tensor,
+    tile: tuple[int, int],
+    shape: tuple[int, int],
     bias: Tensor | None,
-    relu: bool,
+    activation: int,
+    batch_last: bool = False,
 ) -> Tensor:
     """Check the operands, flatten the batch and run the op; the parts of weight come unpacked."""
-    x = _check(x, values, row_offsets, in_features, bias)
-    flat = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), in_features)
-    if not flat.is_contiguous():
+    N, K = shape
+    x = check_operands(_NAME, x, values, shape, bias)
+    flat = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), K)
+    if not (flat.is_contiguous() or flat.t().is_contiguous()):
         flat = flat.contiguous()
+    args = (flat, values, columns, segments, offsets, tile, N, bias, activation, batch_last)
     if torch.is_grad_enabled() and (
         x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        y = _UnstructuredLinear.apply(flat, values, row_offsets, columns, bias, relu)
+        y = UnstructuredLinear.apply(*args)
     else:
-        y = _forward(flat, values, row_offsets, columns, bias, relu)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+        y = select(_op, reference.unstructured_linear, flat)(*args)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], N)
 
 
-def _check(
-    x: Tensor, values: Tensor, row_offsets: Tensor, in_features: int, bias: Tensor | None
+def check_operands(
+    op: str, x: Tensor, values: Tensor, shape: tuple[int, int], bias: Tensor | None
 ) -> Tensor:
     """Return x, cast under autocast as nn.Linear does; raise where operands do not fit."""
-    name = "unstructured_linear"
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: x must be a tensor, got {type(x).__name__}")
-    if x.dim() == 0 or x.size(-1) != in_features:
-        raise ValueError(f"{name}: expected x [..., {in_features}], got {tuple(x.shape)}")
+        raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}")
+    if x.dim() == 0 or x.size(-1) != shape[1]:
+        raise ValueError(f"{op}: expected x [..., {shape[1]}], got {tuple(x.shape)}")
     if x.dtype is not values.dtype:
         if not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
-            raise TypeError(f"{name}: expected x {_dtype(values)} like values, got {_dtype(x)}")
+            raise TypeError(f"{op}: expected x {_dtype(values)} like values, got {_dtype(x)}")
         x = x.to(values.dtype)
     if bias is not None:
-        check_bias(name, bias, row_offsets.numel() - 1, values.dtype)
+        check_bias(op, bias, shape[0], values.dtype)
     return x
 
 
@@ -100,65 +100,24 @@ def check_bias(op: str, bias: Tensor, size: int, dtype: torch.dtype) -> None:
         raise TypeError(f"{op}: expected bias {wanted}, got {_dtype(bias)}")
 
 
+def check_activation(activation: str | None) -> bool:
+    """Return whether the activation is ReLU; raise ValueError for names that are not known."""
+    if activation is None:
+        return False
+    if activation != "relu":
+        raise ValueError(f"activation must be None or 'relu', got {activation!r}")
+    return True
+
+
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _select(op, plain, dtype: torch.dtype, is_cpu: bool):
-    """Return the op, or its reference where the op's CPU kernel does not know the dtype."""
-    return plain if is_cpu and dtype is not _float32 else op
+def _fake(x, values, columns, segments, offsets, tile, out_features, bias, activation, batch_last):
+    if batch_last:
+        return x.new_empty(out_features, x.shape[0]).t()
+    return x.new_empty(x.shape[0], out_features)
 
 
-def _forward(x, values, row_offsets, columns, bias, relu) -> Tensor:
-    run = _select(_op, reference.unstructured_linear, x.dtype, x.is_cpu)
-    return run(x, values, row_offsets, columns, bias, relu)
-
-
-class _UnstructuredLinear(torch.autograd.Function):
-    """grad_x = G W, grad_W[n, k] = sum_m G[m, n] x[m, k] where kept, G = grad where y > 0."""
-
-    @staticmethod
-    def forward(ctx, x, values, row_offsets, columns, bias, relu):
-        y = _forward(x, values, row_offsets, columns, bias, relu)
-        ctx.save_for_backward(x, values, row_offsets, columns, y if relu else None)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, values, row_offsets, columns, y = ctx.saved_tensors
-        if y is not None:
-            grad = torch.ops.aten.threshold_backward(grad, y, 0)
-        grad = grad.contiguous()
-        grad_x = grad_values = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            run = _select(_op_x, reference.unstructured_linear_grad_x, x.dtype, x.is_cpu)
-            grad_x = run(grad, values, row_offsets, columns, x.shape[1])
-        if ctx.needs_input_grad[1]:
-            run = _select(_op_values, reference.unstructured_linear_grad_values, x.dtype, x.is_cpu)
-            grad_values = run(grad, x, row_offsets, columns)
-        if ctx.needs_input_grad[4]:
-            grad_bias = grad.sum(0)
-        return grad_x, grad_values, None, None, grad_bias, None
-
-
-def _fake(x, values, row_offsets, columns, bias, relu):
-    return x.new_empty(x.shape[0], row_offsets.shape[0] - 1)
-
-
-def _fake_grad_x(grad, values, row_offsets, columns, in_features):
-    return grad.new_empty(grad.shape[0], in_features)
-
-
-def _fake_grad_values(grad, x, row_offsets, columns):
-    return x.new_empty(columns.shape[0])
-
-
-_library.register("unstructured_linear", reference.unstructured_linear, _fake)
-_library.register("unstructured_linear_grad_x", reference.unstructured_linear_grad_x, _fake_grad_x)
-_library.register(
-    "unstructured_linear_grad_values", reference.unstructured_linear_grad_values, _fake_grad_values
-)
+_library.register(_NAME, reference.unstructured_linear, _fake)
 _op = torch.ops.liveweight.unstructured_linear.default
-_op_x = torch.ops.liveweight.unstructured_linear_grad_x.default
-_op_values = torch.ops.liveweight.unstructured_linear_grad_values.default

@@ -1,5 +1,6 @@
 """Every op in plain PyTorch: the truth for tests, and the kernel where no compiled one exists."""
 
+from liveweight.reference.activation import apply_activation
 from liveweight.reference.kernelwise_conv2d import (
     conv2d_size,
     kernelwise_conv2d,
@@ -24,6 +25,7 @@ from liveweight.reference.unstructured_linear import (
 
 __all__ = [
     "activity_stats_",
+    "apply_activation",
     "conv2d_size",
     "kernel_coordinates",
     "kernelwise_conv2d",

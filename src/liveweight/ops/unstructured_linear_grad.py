@@ -1,0 +1,74 @@
+"""Gradients of unstructured_linear at sparse cost."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from liveweight import _library, reference
+from liveweight.ops.activation import activation_grad
+
+_RELU = 1
+
+
+def select(op, plain, x: Tensor):
+    """Return the op, or its reference where the op's CPU kernel does not know the dtype."""
+    return plain if x.is_cpu and x.dtype is not torch.float32 else op
+
+
+class UnstructuredLinear(torch.autograd.Function):
+    """grad_x = G W, grad_W[n, k] = sum_m G[m, n] x[m, k] where kept, G = grad act'(.).
+
+    ReLU's derivative is read from the output. GELU's needs its input: the kernel then leaves the
+    activation out, and its result is what is saved.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x, values, columns, segments, offsets, tile, out_features, bias, activation, batch_last
+    ):
+        run = select(torch.ops.liveweight.unstructured_linear.default, _forward, x)
+        fused = activation if activation <= _RELU else 0
+        index = (columns, segments, offsets)
+        y = run(x, values, *index, tile, out_features, bias, fused, batch_last)
+        ctx.save_for_backward(x, values, *index, y if activation else None)
+        ctx.tile, ctx.activation = tile, activation
+        return y if fused == activation else reference.apply_activation(y, activation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, values, columns, segments, offsets, before = ctx.saved_tensors
+        if before is not None:
+            grad = activation_grad(grad, before, ctx.activation)
+        grad, index = grad.contiguous(), (columns, segments, offsets, ctx.tile)
+        grad_x = grad_values = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            run = select(_op_x, reference.unstructured_linear_grad_x, x)
+            grad_x = run(grad, values, *index, x.shape[1])
+        if ctx.needs_input_grad[1]:
+            run = select(_op_values, reference.unstructured_linear_grad_values, x)
+            grad_values = run(grad, x.contiguous(), *index)
+        if ctx.needs_input_grad[7]:
+            grad_bias = grad.sum(0)
+        return grad_x, grad_values, None, None, None, None, None, grad_bias, None, None
+
+
+_forward = reference.unstructured_linear
+
+
+def _fake_grad_x(grad, values, columns, segments, offsets, tile, in_features):
+    return grad.new_empty(grad.shape[0], in_features)
+
+
+def _fake_grad_values(grad, x, columns, segments, offsets, tile):
+    return x.new_empty(columns.shape[0])
+
+
+_library.register("unstructured_linear_grad_x", reference.unstructured_linear_grad_x, _fake_grad_x)
+_library.register(
+    "unstructured_linear_grad_values", reference.unstructured_linear_grad_values, _fake_grad_values
+)
+_op_x = torch.ops.liveweight.unstructured_linear_grad_x.default
+_op_values = torch.ops.liveweight.unstructured_linear_grad_values.default
