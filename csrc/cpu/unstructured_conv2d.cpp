@@ -39,8 +39,6 @@ void pool_plane(const float* in, const PoolJob& job, float* out) {
 namespace liveweight {
 namespace {
 
-PlaneStrides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
-
 // Strides of a new [B, C, H, W] in a layout: 0 contiguous, 1 channels last, 2 batch last.
 PlaneStrides lay_out(int64_t layout, int64_t B, int64_t C, int64_t H, int64_t W) {
   B = std::max<int64_t>(B, 1), C = std::max<int64_t>(C, 1);
@@ -63,19 +61,6 @@ Tensor new_planes(const Tensor& x, int64_t layout, int64_t B, int64_t C, int64_t
   return torch::stable::new_empty(x, {B, C, H, W});
 }
 
-// Input of forward: taps at their offsets from a corner that lies outside by the padding.
-TileInput forward_input(const ConvSizes& s, const float* x, const PlaneStrides& strides) {
-  TileInput input{x, s.B, s.C, s.H, s.W, strides, {}, {}, {}, {}};
-  for (int d = 0; d < 2; ++d) input.origin[d] = -s.padding[d], input.stride[d] = s.stride[d];
-  for (int64_t i = 0; i < s.kernel[0]; ++i) {
-    for (int64_t j = 0; j < s.kernel[1]; ++j) {
-      input.tap_row.push_back(i * s.dilation[0]);
-      input.tap_column.push_back(j * s.dilation[1]);
-    }
-  }
-  return input;
-}
-
 void pool_planes(const float* in, const PoolJob& job, int64_t B, int64_t filters, float* out) {
   const int64_t threads = B * filters * job.rows * job.columns < 20000 ? 1 : torch::stable::get_num_threads();
   parallel_for(B * filters, (B * filters + threads - 1) / threads, [&](int64_t begin, int64_t end) {
@@ -94,8 +79,7 @@ Tensor unstructured_conv2d(const Tensor& x, const Tensor& values, const Tensor& 
                            std::vector<int64_t> dilation, int64_t groups, bool relu, int64_t pool,
                            int64_t layout) {
   const char* op = "unstructured_conv2d";
-  LW_CHECK(x.is_cpu() && x.dim() == 4 && x.scalar_type() == ScalarType::Float, op,
-           ": expected x [B, C, H, W] float32 on the CPU, got ", shape_of(x));
+  const float* from = check_planes(op, "x", x, {});
   const float* data = checked_data<float>(op, "values", values, 1, ScalarType::Float);
   const SparseTiles w = check_tiles(op, data, values.numel(), columns, segments, offsets, shape, tile);
   const ConvSizes s = conv_sizes(op, {x.size(0), x.size(1), x.size(2), x.size(3)}, shape[0],
@@ -113,7 +97,7 @@ Tensor unstructured_conv2d(const Tensor& x, const Tensor& values, const Tensor& 
   Tensor y = new_planes(x, layout, s.B, s.filters, rows, columns_out);
   float* out = static_cast<float*>(y.mutable_data_ptr());
   const PlaneStrides to = lay_out(layout, s.B, s.filters, rows, columns_out);
-  const TileInput input = forward_input(s, static_cast<const float*>(x.const_data_ptr()), strides_of(x));
+  const TileInput input = forward_input(s, from, strides_of(x));
   if (pool == 1) {
     TileConv(input, {s.height, s.width, to}, w, s.filters, groups, shift, relu).run(out);
     return y;

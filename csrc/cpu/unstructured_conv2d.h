@@ -42,6 +42,7 @@ struct PackPlan {
   const int64_t* phase;               // which column phases
   int64_t plane;                      // floats of a channel
   int64_t pad_rows, pad_width;        // of a padded picture, by phases as well
+  int64_t together;                   // channels padded before they are dealt
 };
 
 // Where outputs go.

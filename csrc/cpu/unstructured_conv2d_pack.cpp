@@ -1,4 +1,5 @@
 // Packing of inputs for unstructured_conv2d: pad each channel, then deal it to lanes.
+#include "four_lanes.h"
 #include "unstructured_conv2d.h"
 
 namespace liveweight::LW_ISA {
@@ -13,11 +14,16 @@ LW_INLINE void fill_zero(float* out, int64_t count) {
   if (count > 0) store_first(out, zero(), int(count));
 }
 
+constexpr int kAhead = 1024;  // floats that are fetched ahead of a copy
+
 // out[i] = in[i * step]
 LW_INLINE void copy_row(const float* in, int64_t step, float* out, int64_t count) {
   if (step == 1) {
     int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) store(out + i, load(in + i));
+    for (; i + kLanes <= count; i += kLanes) {
+      prefetch(in + i + kAhead);
+      store(out + i, load(in + i));
+    }
     if (i < count) store_first(out + i, load_first(in + i, int(count - i)), int(count - i));
   } else {
     for (int64_t i = 0; i < count; ++i) out[i] = in[i * step];
@@ -29,24 +35,19 @@ LW_INLINE int64_t first_at(int64_t limit, int64_t step, int64_t from) {
   return from >= limit ? 0 : (limit - from + step - 1) / step;
 }
 
-// One channel of one sample with zeros around it, columns sorted by phase.
+// Copies one channel of one sample to where it lies in a padded picture, columns sorted by phase. What
+// is outside is never written: zeros stay there from channel to channel.
 LW_INLINE void pad_picture(const float* x, const PackPlan& p, float* out) {
-  for (int64_t r = 0; r < p.pad_rows; ++r) {
-    const int64_t row = r + p.origin[0];
-    for (int64_t i = 0; i < p.phases; ++i, out += p.pad_width) {
-      if (row < 0 || row >= p.height) {
-        fill_zero(out, p.pad_width);
-        continue;
-      }
-      const int64_t from = p.phase[i] + p.origin[1];
-      int64_t right = first_at(p.width, p.stride[1], from);
-      if (right > p.pad_width) right = p.pad_width;
-      int64_t left = first_at(0, p.stride[1], from);
-      if (left > right) left = right;
-      fill_zero(out, left);
-      copy_row(x + row * p.strides.row + (left * p.stride[1] + from) * p.strides.column,
-               p.stride[1] * p.strides.column, out + left, right - left);
-      fill_zero(out + right, p.pad_width - right);
+  const int64_t top = p.origin[0] < 0 ? -p.origin[0] : 0;
+  const int64_t bottom = first_at(p.height, 1, p.origin[0]);
+  for (int64_t i = 0; i < p.phases; ++i) {
+    const int64_t from = p.phase[i] + p.origin[1], left = first_at(0, p.stride[1], from);
+    int64_t right = first_at(p.width, p.stride[1], from);
+    if (right > p.pad_width) right = p.pad_width;
+    const float* row = x + (top + p.origin[0]) * p.strides.row + (left * p.stride[1] + from) * p.strides.column;
+    float* to = out + (top * p.phases + i) * p.pad_width + left;
+    for (int64_t r = top; r < bottom && r < p.pad_rows; ++r, row += p.strides.row, to += p.phases * p.pad_width) {
+      copy_row(row, p.stride[1] * p.strides.column, to, right - left);
     }
   }
 }
@@ -59,18 +60,24 @@ LW_INLINE void deal_neighbours(const float* base, const PackPlan& p, float* out)
   }
 }
 
-// Lane l reads from lanes[l]; writes up to 3 vectors past the last row.
-LW_INLINE void deal_blocks(const float* const* lanes, const PackPlan& p, float* out) {
+// Each lane reads its block; writes up to 3 vectors past the last row.
+LW_INLINE void deal_blocks(const float* scratch, int64_t picture, const PackPlan& p, float* out) {
+  const float* lanes[kLanes];
+  int lane = 0;
+  for (int64_t s = 0; s < p.grid.samples; ++s) {
+    for (int64_t i = 0; i < p.grid.rows; ++i) {
+      const float* row = scratch + s * picture + i * p.out_rows * p.stride[0] * p.phases * p.pad_width;
+      for (int64_t j = 0; j < p.grid.columns; ++j) lanes[lane++] = row + j * p.out_columns;
+    }
+  }
   int64_t from = 0;
   for (int64_t r = 0; r < p.rows * p.phases; ++r, from += p.pad_width, out += p.phase_width * kLanes) {
     for (int64_t c = 0; c < p.phase_width; c += 4) {
-#pragma GCC unroll 4
-      for (int g = 0; g < kLanes; g += 4) {
-        Lanes<4> v[4];
-        for (int i = 0; i < 4; ++i) v[i] = load_lanes<4>(lanes[g + i] + from + c);
-        transpose4(v);
-        for (int i = 0; i < 4; ++i) store_lanes<4>(out + (c + i) * kLanes + g, v[i]);
-      }
+      Four v;
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) set_quarter(v, i, lanes[i] + from + c);
+      transpose_four(v);
+      for (int i = 0; i < 4; ++i) store(out + (c + i) * kLanes, v.row[i]);
     }
   }
 }
@@ -90,8 +97,8 @@ LW_INLINE void pad_samples(const float* x, const PackPlan& p, int64_t samples, f
   }
 }
 
-// Channels [begin, end) of `samples` samples, fewer than the grid's or as many. The packed rows of a
-// channel lie in scratch as long as lanes need them.
+// Channels [begin, end) of `samples` samples, fewer than the grid's or as many. A few channels are
+// padded in scratch, then dealt: reading right after writing would wait for the writes.
 void tile_pack(const float* x, const TileJob& job, int64_t samples, int64_t begin, int64_t end,
                float* scratch, float* packed) {
   const PackPlan& p = job.pack;
@@ -101,23 +108,19 @@ void tile_pack(const float* x, const TileJob& job, int64_t samples, int64_t begi
     }
     return;
   }
-  const int64_t picture = p.pad_rows * p.phases * p.pad_width;
-  const float* lanes[kLanes];
-  int lane = 0;
-  for (int64_t s = 0; s < p.grid.samples; ++s) {
-    for (int64_t i = 0; i < p.grid.rows; ++i) {
-      const float* row = scratch + s * picture + i * p.out_rows * p.stride[0] * p.phases * p.pad_width;
-      for (int64_t j = 0; j < p.grid.columns; ++j) lanes[lane++] = row + j * p.out_columns;
+  const int64_t picture = p.pad_rows * p.phases * p.pad_width, size = p.grid.samples * picture;
+  fill_zero(scratch, p.together * size + kLanes);
+  for (int64_t c = begin; c < end; c += p.together) {
+    const int64_t count = end - c < p.together ? end - c : p.together;
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t s = 0; s < samples; ++s) {
+        pad_picture(x + s * p.strides.sample + (c + i) * p.strides.channel, p, scratch + i * size + s * picture);
+      }
     }
-  }
-  fill_zero(scratch + samples * picture, (p.grid.samples - samples) * picture + 4);
-  for (int64_t c = begin; c < end; ++c) {
-    for (int64_t s = 0; s < samples; ++s) {
-      pad_picture(x + s * p.strides.sample + c * p.strides.channel, p, scratch + s * picture);
+    for (int64_t i = 0; i < count; ++i) {
+      if (p.interleaved) deal_neighbours(scratch + i * size, p, packed + (c + i) * p.plane);
+      else deal_blocks(scratch + i * size, picture, p, packed + (c + i) * p.plane);
     }
-    float* out = packed + c * p.plane;
-    if (p.interleaved) deal_neighbours(scratch, p, out);
-    else deal_blocks(lanes, p, out);
   }
 }
 

@@ -10,6 +10,18 @@
 
 namespace liveweight {
 
+constexpr int64_t kPadFloats = 4096;  // of padded pictures at a time: they stay in the first-level cache
+
+inline int64_t picture_floats(const PackPlan& p) {
+  return p.grid.samples * p.pad_rows * p.phases * p.pad_width;
+}
+
+inline int64_t channels_together(const PackPlan& p) {
+  return std::clamp<int64_t>(kPadFloats / std::max<int64_t>(picture_floats(p), 1), 1, 64);
+}
+
+inline int64_t scratch_floats(const PackPlan& p) { return p.together * picture_floats(p) + kSlack; }
+
 // What is convolved: x[s, c, r, q] at data + the strides; tap t of output (i, j) reads row
 // i * stride + origin + tap_row[t], and its column likewise; offsets of taps are >= 0.
 struct TileInput {
@@ -19,6 +31,40 @@ struct TileInput {
   int64_t origin[2], stride[2];
   std::vector<int64_t> tap_row, tap_column;
 };
+
+inline PlaneStrides strides_of(const Tensor& t) {
+  return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+
+// Data of a tensor [B, C, H, W] with any strides; of this shape, if one is given.
+inline const float* check_planes(const char* op, const char* name, const Tensor& t,
+                                 const std::vector<int64_t>& shape) {
+  LW_CHECK(t.is_cpu() && t.dim() == 4 && t.scalar_type() == ScalarType::Float, op, ": expected ", name,
+           " [B, C, H, W] float32 on the CPU, got ", shape_of(t));
+  for (size_t d = 0; d < shape.size(); ++d) {
+    LW_CHECK(t.size(int64_t(d)) == shape[d], op, ": expected ", name, " [", shape[0], ", ", shape[1], ", ",
+             shape[2], ", ", shape[3], "], got ", shape_of(t));
+  }
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+// Input of forward: taps at their offsets from a corner that lies outside by the padding.
+inline TileInput forward_input(const ConvSizes& s, const float* x, const PlaneStrides& strides) {
+  TileInput input{x, s.B, s.C, s.H, s.W, strides, {}, {}, {}, {}};
+  for (int d = 0; d < 2; ++d) input.origin[d] = -s.padding[d], input.stride[d] = s.stride[d];
+  for (int64_t i = 0; i < s.kernel[0]; ++i) {
+    for (int64_t j = 0; j < s.kernel[1]; ++j) {
+      input.tap_row.push_back(i * s.dilation[0]);
+      input.tap_column.push_back(j * s.dilation[1]);
+    }
+  }
+  return input;
+}
+
+// Threads worth waking for so many multiply-adds.
+inline int64_t threads_for_work(double work) {
+  return work < 5e5 ? 1 : int64_t(torch::stable::get_num_threads());
+}
 
 // The weight's tiles, guarded: offsets rise, and wide indices stay in their tile. Narrow ones cannot
 // leave the room that every index of 8 bits has (TileConv), so that no look at each is needed.
@@ -88,8 +134,8 @@ void split_evenly(int64_t count, int64_t most, const Use& use) {
 class TileConv {
  public:
   TileConv(TileInput input, OutPlan out, SparseTiles weight, int64_t filters, int64_t groups,
-           const float* bias, bool relu)
-      : input_(std::move(input)), lanes_(LW_SELECT(tile_lanes)()) {
+           const float* bias, bool relu, bool exact = false)
+      : input_(std::move(input)), exact_(exact), lanes_(LW_SELECT(tile_lanes)()) {
     job_.out = out;
     job_.weight = weight;
     job_.filters = filters;
@@ -108,17 +154,34 @@ class TileConv {
   void run(float* y) const {
     if (job_.samples == 0 || job_.filters == 0) return;
     const double work = double(kept_ + job_.filters) * double(job_.samples * job_.out.height * job_.out.width);
-    const int64_t threads = work < 5e5 ? 1 : int64_t(torch::stable::get_num_threads());
+    const int64_t threads = threads_for_work(work);
     const int64_t count = rounds();
     if (threads == 1 || count % threads == 0 || count >= 4 * threads) return run_by_sample(threads, y);
     run_by_unit(threads, y);
   }
 
- private:
+  const TileJob& job() const { return job_; }
+  const std::vector<OutTile>& tiles() const { return tiles_; }
+
+  // How often the samples fill the lanes.
   int64_t rounds() const {
     return (job_.samples + job_.pack.grid.samples - 1) / job_.pack.grid.samples;
   }
 
+  // Room for any channel that an index can name.
+  int64_t packed_floats() const {
+    const SparseTiles& w = job_.weight;
+    return (input_.channels + w.parts * w.channels + w.channels) * job_.pack.plane;
+  }
+
+  // Channels [begin, end) of a round.
+  void pack(int64_t round, int64_t begin, int64_t end, float* scratch, float* packed) const {
+    const int64_t first = round * job_.pack.grid.samples;
+    const int64_t count = std::min(job_.pack.grid.samples, job_.samples - first);
+    LW_SELECT(tile_pack)(input_.data + first * input_.strides.sample, job_, count, begin, end, scratch, packed);
+  }
+
+ private:
   // Fills in the pack plan for a grid; returns its cost in multiply-adds of a vector.
   double plan_grid(LaneGrid grid, PackPlan& p) const {
     const int64_t per_row = input_.stride[1];
@@ -149,10 +212,13 @@ class TileConv {
     for (int64_t samples = 1; samples <= lanes_; samples *= 2) {
       for (int64_t rows = 1; samples * rows <= lanes_; rows *= 2) {
         PackPlan p{};
-        const double cost = plan_grid({samples, rows, lanes_ / (samples * rows)}, p);
+        const int64_t columns = lanes_ / (samples * rows);
+        if (exact_ && (job_.out.height % rows || job_.out.width % columns)) continue;
+        const double cost = plan_grid({samples, rows, columns}, p);
         if (least < 0 || cost < least) least = cost, best = p;
       }
     }
+    best.together = channels_together(best);
     best.height = input_.height;
     best.width = input_.width;
     best.strides = input_.strides;
@@ -210,25 +276,7 @@ class TileConv {
     return {&tiles_[size_t(tile)], by_block ? unit / tiles : unit % blocks};
   }
 
-  // Room for any channel that an index can name.
-  int64_t packed_floats() const {
-    const SparseTiles& w = job_.weight;
-    return (input_.channels + w.parts * w.channels + w.channels) * job_.pack.plane;
-  }
-
-  int64_t scratch_floats() const {
-    const PackPlan& p = job_.pack;
-    return p.grid.samples * p.pad_rows * p.phases * p.pad_width + kSlack;
-  }
-
   int64_t sums_floats() const { return kMostRows * kTileOutputs * lanes_; }
-
-  // Round, its samples, channels.
-  void pack(int64_t round, int64_t begin, int64_t end, float* scratch, float* packed) const {
-    const int64_t first = round * job_.pack.grid.samples;
-    const int64_t count = std::min(job_.pack.grid.samples, job_.samples - first);
-    LW_SELECT(tile_pack)(input_.data + first * input_.strides.sample, job_, count, begin, end, scratch, packed);
-  }
 
   void convolve(int64_t round, int64_t begin, int64_t end, const float* packed, float* sums, float* y) const {
     const int64_t first = round * job_.pack.grid.samples;
@@ -243,7 +291,7 @@ class TileConv {
   void run_by_sample(int64_t threads, float* y) const {
     const int64_t count = rounds();
     parallel_for(count, (count + threads - 1) / threads, [&](int64_t begin, int64_t end) {
-      Workspace<float> packed(packed_floats()), scratch(scratch_floats()), sums(sums_floats());
+      Workspace<float> packed(packed_floats()), scratch(scratch_floats(job_.pack)), sums(sums_floats());
       for (int64_t round = begin; round < end; ++round) {
         pack(round, 0, input_.channels, scratch.data(), packed.data());
         convolve(round, 0, int64_t(costs_.size()) - 1, packed.data(), sums.data(), y);
@@ -257,7 +305,7 @@ class TileConv {
     const int64_t channels = (input_.channels + threads - 1) / threads;
     for (int64_t round = 0; round < rounds(); ++round) {
       parallel_for(input_.channels, std::max<int64_t>(channels, 1), [&](int64_t begin, int64_t end) {
-        Workspace<float> scratch(scratch_floats());
+        Workspace<float> scratch(scratch_floats(job_.pack));
         pack(round, begin, end, scratch.data(), packed.data());
       });
       parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
@@ -274,6 +322,7 @@ class TileConv {
   }
 
   TileInput input_;
+  bool exact_;  // no lane's block may stick out of the output
   int64_t lanes_, kept_, reach_[2];
   std::vector<int64_t> phases_, table_, shift_;
   std::vector<OutTile> tiles_;

@@ -1,52 +1,67 @@
 // The inner loops of unstructured_conv2d: one tile of outputs of one block of filters, over all tiles
 // of the weight, then bias and ReLU while the sums are in cache.
+#include "four_lanes.h"
 #include "unstructured_conv2d.h"
 
 namespace liveweight::LW_ISA {
 
-// Entries of a segment into kRows x kColumns vectors of sums. Few sums: entries take turns with
-// several sets of them, which hides the latency of a multiply-add.
+// One filter's entries in a tile: where they begin in the tile, how many, and where its sums are.
+struct Segment {
+  int64_t first, count;
+  float* sums;
+};
+
+// What the segments of a tile share. One index serves values and columns: many segments go side by
+// side, and registers for addresses are few.
+template <class Index>
+struct Entries {
+  const float* values;
+  const Index* columns;
+  const int64_t* table;
+  const float* x;
+  int64_t row_step;
+};
+
+// One entry into kRows x kColumns vectors of sums.
 template <class Index, int kRows, int kColumns>
-LW_INLINE void add_segment(const float* x, int64_t row_step, const float* values, const Index* columns,
-                           int64_t count, const int64_t* table, float* sums) {
+LW_INLINE void add_entry(const Entries<Index>& e, int64_t at, Vec (&sums)[kRows * kColumns]) {
+  const float* p = e.x + e.table[e.columns[at]];
+  const Vec weight = broadcast(e.values[at]);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns; ++c) {
+      sums[r * kColumns + c] = fma(weight, load(p + r * e.row_step + c * kLanes), sums[r * kColumns + c]);
+    }
+  }
+}
+
+// Few sums wait for each other's multiply-adds, so several segments, about as long, go side by side.
+template <class Index, int kRows, int kColumns, int kSegments>
+LW_INLINE void add_segments(const Segment (&s)[kSegments], const Entries<Index>& entries) {
   constexpr int kSums = kRows * kColumns;
-  constexpr int kChains = kSums <= 2 ? 4 : kSums <= 4 ? 2 : 1;
-  Vec acc[kChains][kSums];
+  Vec sums[kSegments][kSums];
+  int64_t at[kSegments], common = s[0].count;
 #pragma GCC unroll 8
-  for (int i = 0; i < kSums; ++i) {
-    acc[0][i] = load(sums + i * kLanes);
-#pragma GCC unroll 4
-    for (int chain = 1; chain < kChains; ++chain) acc[chain][i] = zero();
+  for (int i = 0; i < kSegments; ++i) {
+    if (s[i].count < common) common = s[i].count;
+    at[i] = s[i].first;
+#pragma GCC unroll 8
+    for (int v = 0; v < kSums; ++v) sums[i][v] = load(s[i].sums + v * kLanes);
   }
-  int64_t k = 0;
-  for (; k + kChains <= count; k += kChains) {
-#pragma GCC unroll 4
-    for (int chain = 0; chain < kChains; ++chain) {
-      const float* p = x + table[columns[k + chain]];
-      const Vec weight = broadcast(values[k + chain]);
+#pragma GCC unroll 1
+  for (const int64_t end = at[0] + common; at[0] < end;) {
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-        for (int c = 0; c < kColumns; ++c) {
-          Vec& sum = acc[chain][r * kColumns + c];
-          sum = fma(weight, load(p + r * row_step + c * kLanes), sum);
-        }
-      }
+    for (int i = 0; i < kSegments; ++i) add_entry<Index, kRows, kColumns>(entries, at[i]++, sums[i]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kSegments; ++i) {
+#pragma GCC unroll 1
+    for (const int64_t end = s[i].first + s[i].count; kSegments > 1 && at[i] < end;) {
+      add_entry<Index, kRows, kColumns>(entries, at[i]++, sums[i]);
     }
-  }
-  for (; kChains > 1 && k < count; ++k) {
-    const float* p = x + table[columns[k]];
-    const Vec weight = broadcast(values[k]);
 #pragma GCC unroll 8
-    for (int i = 0; i < kSums; ++i) {
-      acc[0][i] = fma(weight, load(p + i / kColumns * row_step + i % kColumns * kLanes), acc[0][i]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kSums; ++i) {
-#pragma GCC unroll 4
-    for (int chain = 1; chain < kChains; ++chain) acc[0][i] += acc[chain][i];
-    store(sums + i * kLanes, acc[0][i]);
+    for (int v = 0; v < kSums; ++v) store(s[i].sums + v * kLanes, sums[i][v]);
   }
 }
 
@@ -54,20 +69,34 @@ LW_INLINE void add_segment(const float* x, int64_t row_step, const float* values
 // bounded here, and the table, sums and shifts have room for any row and column.
 template <class Index, int kRows, int kColumns>
 void add_group(const float* x, const TileJob& job, int64_t block, int64_t group, float* sums) {
+  constexpr int kSums = kRows * kColumns;
+  constexpr int kSegments = kSums <= 2 ? 4 : kSums <= 4 ? 2 : 1;
   const int32_t *from = job.weight.offsets + 2 * group, *to = from + 2;
-  const float* values = job.weight.values + from[0];
-  const Index* columns = static_cast<const Index*>(job.weight.columns) + from[0];
+  Entries<Index> entries{job.weight.values + from[0],
+                         static_cast<const Index*>(job.weight.columns) + from[0], job.table, x,
+                         job.row_step};
   const Index* segment = static_cast<const Index*>(job.weight.segments) + 2 * int64_t(from[1]);
   const Index* end = static_cast<const Index*>(job.weight.segments) + 2 * int64_t(to[1]);
-  int64_t left = to[0] - from[0];
-  for (; segment < end; segment += 2) {
+  const int64_t total = to[0] - from[0];
+  int64_t first = 0;
+  const auto next = [&]() __attribute__((always_inline)) {
     int64_t count = int64_t(segment[1]) + 1;
-    if (count > left) count = left;
-    const int64_t row = segment[0];
-    const float* source = job.shift ? x + job.shift[block * job.weight.rows + row] : x;
-    add_segment<Index, kRows, kColumns>(source, job.row_step, values, columns, count, job.table,
-                                        sums + row * (kRows * kColumns * kLanes));
-    values += count, columns += count, left -= count;
+    if (count > total - first) count = total - first;
+    const Segment s{first, count, sums + segment[0] * (kSums * kLanes)};
+    first += count;
+    segment += 2;
+    return s;
+  };
+  while (!job.shift && segment + 2 * kSegments <= end) {
+    Segment s[kSegments];
+#pragma GCC unroll 8
+    for (int i = 0; i < kSegments; ++i) s[i] = next();
+    add_segments<Index, kRows, kColumns>(s, entries);
+  }
+  while (segment < end) {
+    if (job.shift) entries.x = x + job.shift[block * job.weight.rows + segment[0]];
+    const Segment s[1] = {next()};
+    add_segments<Index, kRows, kColumns>(s, entries);
   }
 }
 
@@ -104,22 +133,26 @@ LW_INLINE int64_t inside(int64_t limit, int64_t from, int64_t most) {
   return room < 0 ? 0 : room < most ? room : most;
 }
 
-// Places of all lanes; says whether every lane's tile is whole.
-LW_INLINE void place_lanes(const TileJob& job, const OutTile& tile, int64_t samples, LaneOut* lanes) {
+// Places of all lanes; returns whether every lane's tile is whole, and rows of it lie at a stretch.
+LW_INLINE bool place_lanes(const TileJob& job, const OutTile& tile, int64_t samples, LaneOut* lanes) {
   const LaneGrid& grid = job.pack.grid;
   const PlaneStrides& to = job.out.strides;
+  bool whole = to.column == 1;
   int lane = 0;
   for (int64_t s = 0; s < grid.samples; ++s) {
     for (int64_t i = 0; i < grid.rows; ++i) {
       const int64_t row = i * job.pack.out_rows + tile.row;
       for (int64_t j = 0; j < grid.columns; ++j) {
         const int64_t column = j * job.pack.out_columns + tile.column;
-        lanes[lane++] = {s * to.sample + row * to.row + column * to.column,
-                         s < samples ? inside(job.out.height, row, tile.rows) : 0,
-                         inside(job.out.width, column, tile.columns)};
+        LaneOut& out = lanes[lane++];
+        out = {s * to.sample + row * to.row + column * to.column,
+               s < samples ? inside(job.out.height, row, tile.rows) : 0,
+               inside(job.out.width, column, tile.columns)};
+        whole &= out.rows == tile.rows && out.columns == tile.columns;
       }
     }
   }
+  return whole;
 }
 
 // Lanes hold neighbours of a row.
@@ -150,25 +183,31 @@ LW_INLINE void put_samples(const TileJob& job, const OutTile& tile, int64_t samp
   }
 }
 
-LW_INLINE void put_blocks(const TileJob& job, const OutTile& tile, const LaneOut* lanes, const float* sums,
-                          float* y) {
+// Four outputs of a row for each lane at once; whole: no lane's tile sticks out.
+LW_INLINE void put_blocks(const TileJob& job, const OutTile& tile, const LaneOut* lanes, bool whole,
+                          const float* sums, float* y) {
   const PlaneStrides& to = job.out.strides;
   for (int64_t r = 0; r < tile.rows; ++r, sums += tile.columns * kLanes, y += to.row) {
-#pragma GCC unroll 1
-    for (int g = 0; g < kLanes; g += 4) {
-      Lanes<4> v[4] = {};
-      for (int i = 0; i < tile.columns; ++i) v[i] = load_lanes<4>(sums + i * kLanes + g);
-      transpose4(v);
-      for (int i = 0; i < 4; ++i) {
-        const LaneOut& lane = lanes[g + i];
-        if (r >= lane.rows) continue;
-        float* out = y + lane.offset;
-        if (to.column == 1 && lane.columns == 4) {
-          store_lanes<4>(out, v[i]);
-        } else {
-          for (int64_t c = 0; c < lane.columns; ++c) out[c * to.column] = v[i][c];
-        }
-      }
+    Four v;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) v.row[i] = i < tile.columns ? load(sums + i * kLanes) : zero();
+    transpose_four(v);
+    if (whole && tile.columns == 4) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) get_quarter(v, i, y + lanes[i].offset);
+      continue;
+    }
+    float numbers[kLanes * 4];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) get_quarter(v, i, numbers + 4 * i);
+    for (int i = 0; i < kLanes; ++i) {
+      if (r >= lanes[i].rows) continue;
+      float* out = y + lanes[i].offset;
+      const int64_t count = lanes[i].columns;
+      if (count > 0) out[0] = numbers[4 * i];
+      if (count > 1) out[to.column] = numbers[4 * i + 1];
+      if (count > 2) out[2 * to.column] = numbers[4 * i + 2];
+      if (count > 3) out[3 * to.column] = numbers[4 * i + 3];
     }
   }
 }
@@ -193,7 +232,7 @@ void tile_convolve(const float* packed, const TileJob& job, const OutTile& tile,
     run(x + part * job.part_step, job, block, block * w.parts + part, sums);
   }
   LaneOut lanes[kLanes];
-  place_lanes(job, tile, samples, lanes);
+  const bool whole = place_lanes(job, tile, samples, lanes);
   const bool by_sample = job.out.strides.sample == 1 && job.pack.grid.samples == kLanes;
   for (int64_t o = 0; o < filters; ++o, sums += vectors * kLanes) {
     if (job.relu) {
@@ -202,7 +241,7 @@ void tile_convolve(const float* packed, const TileJob& job, const OutTile& tile,
     float* out = y + (first + o) * job.out.strides.channel;
     if (job.pack.interleaved) put_neighbours(job, tile, sums, out);
     else if (by_sample) put_samples(job, tile, samples, sums, out);
-    else put_blocks(job, tile, lanes, sums, out);
+    else put_blocks(job, tile, lanes, whole, sums, out);
   }
 }
 
