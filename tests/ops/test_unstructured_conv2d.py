@@ -246,6 +246,18 @@ def test_only_the_wanted_gradient(wanted):
     assert {name for name, t in tensors.items() if t.grad is not None} == {wanted}
 
 
+def test_a_gradient_without_memory_of_its_own():
+    case = Case(stride=(2, 2))
+    x, weight, packed, _ = case.make()
+    x.requires_grad_(), packed.values.requires_grad_()
+    unstructured_conv2d(x, packed, **case.options).sum().backward()  # its gradient has strides of 0
+    dense = [t.detach().double().requires_grad_() for t in (x, weight)]
+    expected(*dense, None, case).sum().backward()
+    assert_close(x.grad, dense[0].grad, 45)
+    filters, columns = packed.coordinates()
+    assert_close(packed.values.grad, dense[1].grad.flatten(1)[filters, columns], 300)
+
+
 def test_gradients_of_an_empty_batch_are_zero():
     x, _, packed, bias = Case(batch=0).make()
     for tensor in (x, packed.values, bias):
@@ -286,16 +298,28 @@ def test_autocast_casts_the_input_back():
     assert_close(got, expected(x.bfloat16(), weight, bias, case), 54)
 
 
+def run_all(x, packed, bias, grad, case) -> tuple:
+    return (
+        unstructured_conv2d(x, packed, bias, **case.options),
+        OPS.unstructured_conv2d_grad_x(
+            grad, packed.values, *parts(packed), x.shape, *case.settings
+        ),
+        OPS.unstructured_conv2d_grad_values(grad, x, *parts(packed), *case.settings),
+    )
+
+
 @pytest.mark.parametrize("batch", [1, 3, 17, 40])
 def test_threads_change_nothing(batch):
     case = Case(channels=24, filters=70, size=(12, 12), batch=batch)
     x, _, packed, bias = case.make()
+    grad = torch.randn(batch, 70, 12, 12)
     results, before = [], torch.get_num_threads()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(unstructured_conv2d(x, packed, bias, **case.options))
+        results.append(run_all(x, packed, bias, grad, case))
     torch.set_num_threads(before)
-    assert all(torch.equal(results[0], other) for other in results[1:])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_two_callers_at_once():
