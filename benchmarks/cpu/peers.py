@@ -36,7 +36,7 @@ def section(result: dict | None) -> str:
     body = []
     for row in result["rows"]:
         what = "kernels" if row["granularity"] == "kernel" else "weights"
-        name = f"{row.get('net') or 'conv ' + row['layer']}, {100 * row['sparsity']:.0f} % {what}"
+        name = f"{row.get('net') or row['layer']}, {100 * row['sparsity']:.0f} % {what}"
         ms = [row["us"].get(n) for n in ("liveweight", *NAMES)]
         shown = ["-" if v is None else f"{v / 1e3:.3g}" for v in ms]
         ratios = [number(row.get("deepsparse")), number(row["dense"])]

@@ -1,6 +1,6 @@
 """Other engines on the same nets, in turns with ours: DeepSparse, onnxruntime, OpenVINO.
 
-    python benchmarks/peers/run.py                   about 6 minutes; the first run installs ~650 MB
+    python benchmarks/peers/run.py                   about 10 minutes; installs 650 MB once
 
 Makes an environment of its own from requirements.txt (Python 3.8 to 3.11 for DeepSparse, see
 --python), starts one worker process per engine there, and lets them and this process take turns:
@@ -29,13 +29,22 @@ import recipe  # noqa: E402
 import torch  # noqa: E402
 from cpu.__main__ import OUT, machine  # noqa: E402
 from cpu.baselines import freeze  # noqa: E402
-from cpu.conv_cases import LAYERS, pruned  # noqa: E402
+from cpu.conv_cases import LAYERS, POINTWISE, pruned  # noqa: E402
 from cpu.net_cases import agree, compress  # noqa: E402
 from cpu.peers import FILE  # noqa: E402
 from cpu.timing import no_collector, order  # noqa: E402
+from shapes import pruned_linear  # noqa: E402
 from torch import nn  # noqa: E402
 
 ENGINES = ("deepsparse", "onnxruntime", "openvino")
+CONVS = LAYERS | POINTWISE
+# Layers alone: name, what was removed, batch.
+SINGLE = [
+    ("4096x4096", "weight", 1), ("4096x4096", "weight", 32), ("1024x1024", "weight", 128),
+    ("64@32x32", "kernel", 1), ("64@32x32", "kernel", 32), ("256@14x14 1x1", "weight", 8),
+    ("256@8x8", "kernel", 1), ("256@8x8", "kernel", 32),
+    ("256@8x8", "weight", 1), ("256@8x8", "weight", 32),
+]  # fmt: skip
 SLOT_S = 0.1  # long against the caches that the last engine left cold
 CASE_S = 15.0  # a case ends after so long, with at least five rounds
 
@@ -85,11 +94,9 @@ def cases(quick: bool) -> list[tuple[dict, object]]:
                 labels = {"net": name, "granularity": granularity, "sparsity": 0.9}
                 labels |= {"batch": batch, "threads": threads}
                 out.append((labels, _net(name, granularity, batch)))
-    for granularity in ("kernel", "weight"):
-        for batch in (1, 32):
-            labels = {"layer": "256@8x8", "granularity": granularity, "sparsity": 0.9}
-            labels |= {"batch": batch, "threads": 1}
-            out.append((labels, _layer(granularity, batch)))
+    for layer, granularity, batch in SINGLE[-2:] if quick else SINGLE:
+        labels = {"layer": layer, "granularity": granularity, "sparsity": 0.9}
+        out.append((labels | {"batch": batch, "threads": 1}, _layer(layer, granularity, batch)))
     return out
 
 
@@ -97,16 +104,21 @@ def _net(name: str, granularity: str, batch: int):
     return lambda: (nets.make(name, 0.9, granularity), nets.example(name, batch))
 
 
-def _layer(granularity: str, batch: int):
-    inp, out, side, kernel, padding = LAYERS["256@8x8"]
+def _layer(name: str, granularity: str, batch: int):
+    """Return what builds one layer alone: a Linear "NxK", or a convolution of the suite."""
 
     def build():
-        layer = nn.Conv2d(inp, out, kernel, padding=padding)
-        layer.weight.data = pruned(LAYERS["256@8x8"], 0.9, granularity == "kernel")
-        # fx wants something to trace; an engine sees the convolution alone.
-        return nn.Sequential(layer).eval().requires_grad_(False), torch.randn(
-            batch, inp, side, side
-        )
+        if name in CONVS:
+            inp, out, side, kernel, padding = CONVS[name]
+            layer = nn.Conv2d(inp, out, kernel, padding=padding)
+            layer.weight.data = pruned(CONVS[name], 0.9, granularity == "kernel")
+            x = torch.randn(batch, inp, side, side)
+        else:
+            out, inp = (int(size) for size in name.split("x"))
+            layer = nn.Linear(inp, out)
+            layer.weight.data = pruned_linear(out, inp, 0.9)
+            x = torch.randn(batch, inp)
+        return nn.Sequential(layer).eval().requires_grad_(False), x
 
     return build
 
