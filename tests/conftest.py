@@ -13,6 +13,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# No test reads or writes the choices that the user's machine remembers.
+os.environ["LIVEWEIGHT_CACHE"] = "off"
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
     """Folder of the development data; tests that need it skip where it is absent."""

@@ -100,7 +100,7 @@ def test_second_call_changes_nothing(nets, lenet):
     modules = list(model.modules())
     report = compress_(model, x, measure=nets.Clock(**nets.ALL_FASTER))
     assert list(model.modules()) == modules
-    assert rows(report)["features.0"].reason == "already sparse"
+    assert rows(report)["features.0"].reason == "already kernelwise"
 
 
 def test_mode_and_gradient_flags_survive(nets, lenet):
@@ -333,4 +333,4 @@ def test_real_measurement_runs(lenet):
     report = compress_(model, x, budget_s=0.005)
     assert torch.allclose(model(x), dense(x), atol=1e-5)
     assert all(row.reason for row in report.layers)
-    assert all(row.candidates["dense"] > 0 for row in report.layers)
+    assert all(row.predicted_us["dense"] > 0 for row in report.layers)

@@ -98,7 +98,7 @@ def test_packed_dense_takes_in_norms_and_activations(nets, approximate, tmp_path
     assert type(model.pool) is nn.MaxPool2d and type(model.gelu) is nn.Identity
     assert report.changed == ["conv", "fc1", "fc2", "fc3"]
     assert {row.chosen for row in report.layers} == {"dense, packed"}
-    assert compress_(model, x, measure=clock).layers[0].reason == "already packed"
+    assert compress_(model, x, measure=clock).layers[0].reason == "already dense, packed"
 
     save(model, tmp_path / "net.safetensors")
     fresh = load(tmp_path / "net.safetensors", Mixed(approximate)).eval()

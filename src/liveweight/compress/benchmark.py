@@ -191,7 +191,7 @@ def _row(name: str, timings: Timings, outputs: dict[str, object]) -> BenchmarkRo
 def machine_facts(device: torch.device) -> dict[str, object]:
     """Return what a measured figure depends on: processor, threads, device, torch."""
     facts: dict[str, object] = {
-        "cpu": _processor(),
+        "cpu": processor(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
@@ -202,7 +202,8 @@ def machine_facts(device: torch.device) -> dict[str, object]:
     return facts
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of this machine's processor."""
     info = pathlib.Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(errors="replace").splitlines():

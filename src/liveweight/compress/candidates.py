@@ -53,7 +53,11 @@ class Candidate:
     format: str
     module: nn.Module
     absorbed: tuple[str, ...]
-    call: Callable[[], Tensor]
+    rest: list[nn.Module]
+
+    def call(self, x: Tensor) -> Callable[[], Tensor]:
+        """Return the candidate and what it leaves of the chain as one call."""
+        return chains.in_turn([self.module, *self.rest], x)
 
 
 def check_formats(formats: str | Iterable[str]) -> tuple[str, ...]:
@@ -99,26 +103,24 @@ def formats_for(layer: nn.Module, formats: tuple[str, ...], device: torch.device
     return served
 
 
-def plans(chain: Chain, formats: list[str], packing_fits: bool) -> list[Plan]:
+def plans(chain: Chain, formats: list[str], packing_fits: bool, joins: bool) -> list[Plan]:
     """Return what may be built for a chain: every format joined with what it can take in.
+
+    packing_fits  a dense layer packed for oneDNN is among them; joins: so is a dense one as it is
+                  where it can take in a norm
 
     A norm and an activation always join where they can, for both cost a pass of their own
     otherwise; a pool is tried inside and outside.
     """
-    kinds = [_kind_of(chain, module) for _, module in chain.tail]
+    kinds = chain.kinds
     before_pool = len(kinds) - (kinds[-1:] == ["pool"])
     found = [Plan(name, joined) for name in formats for joined in {before_pool, len(kinds)}]
     found.sort(key=lambda plan: (formats.index(plan.format), plan.joined))
     if packing_fits:
         found.append(Plan(packing.LABEL, before_pool))
+    if joins and "norm" in kinds:
+        found.append(Plan(packing.JOINED, before_pool))
     return [plan.named(kinds) for plan in found]
-
-
-def _kind_of(chain: Chain, module: nn.Module) -> str:
-    if chains.pool_size(module) is not None:
-        return "pool"
-    kind = "linear" if isinstance(chain.layer, nn.Linear) else "conv"
-    return chains.activation_of(module, kind) or "norm"
 
 
 def build(chain: Chain, wanted: list[Plan]) -> tuple[list[Candidate], list[str]]:
@@ -136,7 +138,7 @@ def build(chain: Chain, wanted: list[Plan]) -> tuple[list[Candidate], list[str]]
                 break
             try:
                 candidate = _candidate(chain, shorter)
-                words = difference(expected, _evaluate(candidate.call))
+                words = difference(expected, _evaluate(candidate.call(chain.x)))
             except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
                 refused[f"{plan.format}: {error}"] = None
                 continue
@@ -164,10 +166,9 @@ def _candidate(chain: Chain, plan: Plan) -> Candidate:
         elif kind == "pool":
             pool = chains.pool_size(module)
     options = {"activation": plan.activation, "parts": parts}
-    if plan.format == packing.LABEL:
-        module = packing.make_packed(layer, **options)
+    if plan.format in (packing.LABEL, packing.JOINED):
+        module = packing.make_packed(layer, plan.format, **options)
     else:
         module = swap.make_sparse(layer, plan.format, pool=pool, **options)
     module.train(chain.layer.training)
-    call = chains.in_turn([module, *rest], chain.x)
-    return Candidate(plan.label, plan.format, module, absorbed, call)
+    return Candidate(plan.label, plan.format, module, absorbed, rest)

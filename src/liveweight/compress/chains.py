@@ -34,9 +34,19 @@ class Chain:
         """Dotted names of the layer and of the tail."""
         return (self.name, *(name for name, _ in self.tail))
 
-    def dense(self) -> Callable[[], Tensor]:
+    @property
+    def kinds(self) -> list[str]:
+        """What the modules of the tail are: "norm", an activation's name, "pool"."""
+        kind = "linear" if isinstance(self.layer, nn.Linear) else "conv"
+        return [
+            "pool" if pool_size(module) is not None else activation_of(module, kind) or "norm"
+            for _, module in self.tail
+        ]
+
+    def dense(self, x: Tensor | None = None) -> Callable[[], Tensor]:
         """Return the chain as it is, as one call."""
-        return in_turn([self.layer, *(module for _, module in self.tail)], self.x)
+        modules = [self.layer, *(module for _, module in self.tail)]
+        return in_turn(modules, self.x if x is None else x)
 
 
 def in_turn(modules: list[nn.Module], x: Tensor) -> Callable[[], Tensor]:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from liveweight import __version__
-from liveweight.compress import container, structure, swap
+from liveweight.compress import container, forms, structure, swap
 from liveweight.compress.codec import Decoder, Encoder
 from liveweight.compress.rebuild import Rebuild
+from liveweight.nn import ByBatch
 
 
 def save(model: nn.Module, path: str | os.PathLike) -> None:
@@ -27,7 +28,8 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     model = _checked_model("save", model, path)
     encoder = Encoder()
     packed = _encode_sparse(model, encoder)
-    state = {k: v for k, v in model.state_dict().items() if k.rpartition(".")[0] not in packed}
+    hidden = packed | forms.inside_by_batch(model)
+    state = {k: v for k, v in model.state_dict().items() if k.rpartition(".")[0] not in hidden}
     masks = _encode_masked(state, encoder)
     for name, module in model.named_modules():
         if name in packed and module.bias is not None:
@@ -63,11 +65,23 @@ def _checked_model(verb: str, model: nn.Module, path: object) -> nn.Module:
 
 
 def _encode_sparse(model: nn.Module, encoder: Encoder) -> set[str]:
-    """Store each sparse module's weight under name.weight; return the names of those modules."""
+    """Store each sparse module's weight under name.weight; return the names of those modules.
+
+    Of a layer in several forms one is stored, a sparse one where there is one.
+    """
     packed = set()
+    inside = forms.inside_by_batch(model)
     for name, module in model.named_modules():
-        if swap.is_sparse(module):
-            weight, keep, kernels = swap.dense_weight(module)
+        if name in inside:
+            continue
+        several = isinstance(module, ByBatch)
+        options = list(module.choices) if several else [module]
+        sparse = next((m for m in options if swap.is_sparse(m)), None)
+        if sparse is None and several:
+            encoder.add(f"{name}.weight", module.weight)
+            packed.add(name)
+        elif sparse is not None:
+            weight, keep, kernels = swap.dense_weight(sparse)
             encoder.add_packed(f"{name}.weight", weight, keep)
             if kernels is not None:
                 encoder.add(f"{name}.kernels", kernels.cpu())

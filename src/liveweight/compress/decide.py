@@ -13,12 +13,18 @@ LONGER = 3.0
 
 @dataclass
 class Verdict:
-    """winner: label of the candidate to take, "dense" for none; speedup: dense / its time."""
+    """What one race showed.
+
+    winner    label of the candidate to take, "dense" for none
+    speedup   dense / its time
+    speedups  the same of every candidate that could be taken
+    """
 
     winner: str
     speedup: float
     reason: str
     times_us: dict[str, float] = field(default_factory=dict)
+    speedups: dict[str, float] = field(default_factory=dict)
 
 
 def decide(measure: Callable[[float], Timings], min_speedup: float, density: float) -> Verdict:
@@ -35,11 +41,12 @@ def decide(measure: Callable[[float], Timings], min_speedup: float, density: flo
         timings = timings.merged(measure(LONGER))
     ranked = sorted(labels, key=lambda name: _speedup(timings, name, "dense"), reverse=True)
     times = {name: timings.median_us(name) for name in timings.samples}
-    for name in ranked:
-        if _lower(timings, name, "dense") >= min_speedup:
-            ratio = _speedup(timings, name, "dense")
-            reason = f"{name} is {ratio:.2f}x as fast as dense at {density:.1%} density"
-            return Verdict(name, ratio, reason, times)
+    able = [name for name in ranked if _lower(timings, name, "dense") >= min_speedup]
+    if able:
+        speedups = {name: _speedup(timings, name, "dense") for name in able}
+        ratio = speedups[able[0]]
+        reason = f"{able[0]} is {ratio:.2f}x as fast as dense at {density:.1%} density"
+        return Verdict(able[0], ratio, reason, times, speedups)
     return Verdict("dense", 1.0, _why_dense(timings, ranked[0], min_speedup, density), times)
 
 

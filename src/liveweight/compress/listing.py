@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from liveweight.compress import chains, edit, packing, swap
+from liveweight.compress import chains, edit, forms
 from liveweight.compress.report import ChoiceRow
 
 
@@ -14,7 +14,10 @@ def list_layers(model: nn.Module) -> tuple[list[ChoiceRow], dict[str, ChoiceRow]
     tied = edit.tied_parameters(model)
     paths = edit.paths_by_module(model)
     rows, wanted = [], {}
+    inside = forms.inside_by_batch(model)
     for name, module in model.named_modules():
+        if name in inside:
+            continue
         row = describe(name, module)
         if row is None:
             continue
@@ -28,26 +31,23 @@ def list_layers(model: nn.Module) -> tuple[list[ChoiceRow], dict[str, ChoiceRow]
 
 def describe(name: str, module: nn.Module) -> ChoiceRow | None:
     """Return the row of a module that has weights, None for any other."""
-    ours = swap.is_sparse(module) or packing.is_packed(module)
+    ours = forms.is_ours(module)
     weight = module.weight if ours else module._parameters.get("weight")
     if weight is None or weight.dim() < 2:
         return None
     density = float(torch.count_nonzero(weight.detach())) / max(1, weight.numel())
     row = ChoiceRow(name, _kind(module), density)
-    if swap.is_sparse(module):
-        row.chosen, row.parts = swap.format_name(module), tuple(module.parts)
-        row.reason = "already sparse"
-    elif packing.is_packed(module):
-        row.chosen, row.parts, row.reason = packing.LABEL, tuple(module.parts), "already packed"
+    if ours:
+        row.chosen, row.parts = forms.format_of(module), tuple(module.parts)
+        row.reason = f"already {row.chosen}"
     return row
 
 
 def _kind(module: nn.Module) -> str:
-    if isinstance(module, nn.Linear) or swap.dense_type(module) is nn.Linear:
-        return "linear"
-    if isinstance(module, nn.Conv2d) or swap.dense_type(module) is nn.Conv2d:
-        return "conv"
-    return type(module).__name__
+    kind = forms.dense_type(module)
+    if kind is None:
+        return type(module).__name__
+    return "linear" if kind is nn.Linear else "conv"
 
 
 def why_not(name: str, module: nn.Module, tied: set[int], paths: list[str]) -> str:

@@ -8,8 +8,10 @@ from torch import nn
 from liveweight import nn as our_nn
 from liveweight.nn.packed_module import PackedModule, can_pack
 
-# What a report calls a dense layer that computes with a packed weight.
+# What a report calls a dense layer that computes with a packed weight, and one that computes as
+# ever but has taken in what follows it.
 LABEL = "dense, packed"
+JOINED = "dense, joined"
 
 _PACKED: dict[type, type] = {nn.Linear: our_nn.PackedLinear, nn.Conv2d: our_nn.PackedConv2d}
 
@@ -30,7 +32,17 @@ def fits(layer: nn.Module, device: torch.device) -> bool:
 
 
 def make_packed(
-    dense: nn.Module, *, activation: str | None = None, parts: tuple[str, ...] = ()
+    dense: nn.Module,
+    label: str = LABEL,
+    *,
+    activation: str | None = None,
+    parts: tuple[str, ...] = (),
 ) -> nn.Module:
-    """Return the packed module of a Linear or Conv2d. Raises what its from_dense raises."""
-    return _PACKED[type(dense)].from_dense(dense, activation=activation, parts=parts)
+    """Return the module of a Linear or Conv2d for LABEL or JOINED, as its from_dense makes it."""
+    kind = _PACKED[type(dense)]
+    return kind.from_dense(dense, activation=activation, packs=label == LABEL, parts=parts)
+
+
+def label_of(module: nn.Module) -> str:
+    """Return LABEL or JOINED."""
+    return LABEL if module.packs else JOINED

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from liveweight.compress import edit, packing, structure, swap
+from liveweight.compress import edit, forms, packing, structure, swap
+from liveweight.nn import ByBatch
 
 _MASKS = ("weight_mask", "bias_mask")
 
@@ -52,8 +53,7 @@ class Rebuild:
         wanted = entry.get("dense") or entry.get("was") or entry["type"]
         got = type(module).__name__
         if got != wanted:
-            ours = swap.is_sparse(module) or packing.is_packed(module)
-            hint = "; load wants a dense instance" if ours else ""
+            hint = "; load wants a dense instance" if forms.is_ours(module) else ""
             raise self._fail(f"{name} is a {got}, expected a {wanted}{hint}")
         if entry["type"] == "Identity":
             return
@@ -154,26 +154,37 @@ class Rebuild:
             edit.replace_module_(self.model, name, new.train(old.training))
 
     def _joined(self, name: str, entry: dict, old: nn.Module) -> nn.Module:
-        """Return the sparse or packed module that an entry describes."""
+        """Return the sparse or packed module, or the choices by batch size, of an entry."""
         weight = self.tensors[f"{name}.weight"]
         dense = swap.dense_like(old, entry["sizes"], weight, self.tensors.get(f"{name}.bias"))
+        for mask in _MASKS:
+            if f"{name}.{mask}" in self.tensors:
+                bits = self.tensors[f"{name}.{mask}"]
+                dense.register_buffer(mask, bits.to(old.weight.device))
         parts = (name, *entry["parts"]) if entry["parts"] else ()
-        options = {"activation": entry["activation"], "parts": parts}
-        if entry["format"] == packing.LABEL:
-            for mask in _MASKS:
-                if f"{name}.{mask}" in self.tensors:
-                    bits = self.tensors[f"{name}.{mask}"]
-                    dense.register_buffer(mask, bits.to(old.weight.device))
-            new = packing.make_packed(dense, **options)
-        else:
-            keep = self.tensors.get(f"{name}.kernels", self.masks.get(f"{name}.weight"))
-            pool = entry.get("pool", 1)
-            keep = keep.to(old.weight.device)
-            new = swap.make_sparse(dense, entry["format"], pool=pool, keep=keep, **options)
-        if entry.get("layout") is not None:
-            new.layout = entry["layout"]
+        names = entry.get("choices", [entry["format"]])
+        made = {n: self._form(name, n, entry, dense, parts) for n in dict.fromkeys(names)}
+        new = made[names[0]]
+        if entry["format"] == forms.BY_BATCH:
+            sample_dim = 1 if isinstance(dense, nn.Linear) else 3
+            choices = [made[n] for n in names]
+            new = ByBatch(choices, entry["limits"], sample_dim=sample_dim, parts=parts)
         if "from" in entry:
             new.shrunk_from = dict(entry["from"])
+        return new
+
+    def _form(
+        self, name: str, form: str, entry: dict, dense: nn.Module, parts: tuple[str, ...]
+    ) -> nn.Module:
+        options = {"activation": entry["activation"], "parts": parts}
+        if form in (packing.LABEL, packing.JOINED):
+            new = packing.make_packed(dense, form, **options)
+        else:
+            keep = self.tensors.get(f"{name}.kernels", self.masks.get(f"{name}.weight"))
+            keep = keep.to(dense.weight.device) if keep is not None else None
+            new = swap.make_sparse(dense, form, pool=entry.get("pool", 1), keep=keep, **options)
+        if entry.get("layout") is not None:
+            new.layout = entry["layout"]
         return new
 
 

@@ -12,10 +12,13 @@ from liveweight.compress.report import ChoiceRow
 class Replacement:
     """One layer's choice, which can be put in place and taken back."""
 
-    def __init__(self, model: nn.Module, name: str, winner: Candidate, row: ChoiceRow) -> None:
+    def __init__(
+        self, model: nn.Module, name: str, winner: Candidate, row: ChoiceRow, saved_us: float
+    ) -> None:
         self.model = model
+        self.name = name
         self.row = row
-        self.saved_us = row.candidates["dense"] - row.candidates[winner.label]
+        self.saved_us = saved_us
         dense = model.get_submodule(name)
         if hasattr(dense, "shrunk_from"):
             winner.module.shrunk_from = dict(dense.shrunk_from)
@@ -38,4 +41,5 @@ class Replacement:
         """Put the dense modules back for good, and say why."""
         self.undo()
         self.row.chosen, self.row.speedup, self.row.parts = "dense", 1.0, ()
+        self.row.by_batch = {}
         self.row.reason = f"{reason} ({self.row.reason})"

@@ -105,9 +105,14 @@ class ChoiceRow:
 
     density     non-zero weights / weights
     chosen      format name, or "dense"
-    candidates  name -> median microseconds of the chain (layer and what follows in `chain`)
+    candidates  name -> median microseconds of the chain (layer and what follows in `chain`); with
+                several batch sizes "name @ size"
     speedup     dense / chosen on this layer's input: the median of the paired ratios, or the ratio
                 of the fastest tenths of the rounds where that is lower; 1.0 for dense
+    predicted_us  name -> microseconds that the cost model expected; those far behind the best
+                were not built
+    cached      the times were measured earlier, for an equal layer on this machine
+    by_batch    batch size -> name of what computes it, where several sizes were asked for
     chain       names of the modules that were timed together
     parts       names of the modules joined into the chosen one; empty where none were
     """
@@ -121,6 +126,9 @@ class ChoiceRow:
     chain: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
     reason: str = ""
+    predicted_us: dict[str, float] = field(default_factory=dict)
+    cached: bool = False
+    by_batch: dict[int, str] = field(default_factory=dict)
 
     def microseconds(self, name: str) -> float | None:
         """Return a candidate's median time, None where it was not measured."""
@@ -133,12 +141,16 @@ class CompressReport(Report):
 
     dense_us, compressed_us  the whole model on the example inputs, medians of paired rounds
     speedup                  their ratio, reckoned like a layer's; None where nothing was changed
+    speedups                 batch size -> the same, where several sizes were asked for
+    layout                   memory layout that convolutions hand to each other; None: as they come
     """
 
     layers: list[ChoiceRow] = field(default_factory=list)
     dense_us: float | None = None
     compressed_us: float | None = None
     speedup: float | None = None
+    speedups: dict[int, float] = field(default_factory=dict)
+    layout: str | None = None
     threads: int = 0
     device: str = "cpu"
     notes: list[str] = field(default_factory=list)
@@ -152,7 +164,7 @@ class CompressReport(Report):
         """Return the rows, the whole model's times and the notes as plain text."""
         rows = []
         for row in self.layers:
-            times = ", ".join(f"{name} {us:.1f}" for name, us in row.candidates.items())
+            times = ", ".join(_times(name, us, row) for name, us in row.candidates.items())
             joined = " + ".join(row.parts)
             rows.append(
                 (
@@ -173,4 +185,14 @@ class CompressReport(Report):
                 f"whole model: {self.dense_us:.1f} us dense, {self.compressed_us:.1f} us "
                 f"compressed, {self.speedup:.2f}x ({self.threads} threads, {self.device})"
             )
+        for size, ratio in self.speedups.items():
+            lines.append(f"batch {size}: {ratio:.2f}x")
+        if self.layout is not None:
+            lines.append(f"convolutions hand over {self.layout}")
         return "\n".join(lines + self.notes)
+
+
+def _times(name: str, microseconds: float, row: ChoiceRow) -> str:
+    predicted = row.predicted_us.get(name)
+    note = "" if predicted is None else f" (predicted {predicted:.1f})"
+    return f"{name} {microseconds:.1f}{note}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from liveweight.compress import packing, swap
+from liveweight.compress import forms
+from liveweight.nn import ByBatch
 
 # Sizes that shrinking changes, by module type.
 SIZES: dict[type, tuple[str, ...]] = {
@@ -20,8 +21,11 @@ _CONV = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode
 def describe(model: nn.Module) -> dict[str, dict]:
     """Return module name -> its entry, for each module sparse, packed, absorbed or shrunken."""
     entries: dict[str, dict] = {}
+    inside = forms.inside_by_batch(model)
     for name, module in model.named_modules():
-        if swap.is_sparse(module) or packing.is_packed(module):
+        if name in inside:
+            continue
+        if forms.is_ours(module):
             entries[name] = _joined_entry(name, module)
             for part, kind in absorbed(name, module):
                 entries[part] = {"type": "Identity", "was": kind}
@@ -38,13 +42,15 @@ def _sizes_entry(module: nn.Module, kind: type) -> dict:
 
 
 def _joined_entry(name: str, module: nn.Module) -> dict:
-    packed = packing.is_packed(module)
-    kind = packing.dense_type(module) if packed else swap.dense_type(module)
+    kind = forms.dense_type(module)
     entry = _sizes_entry(module, kind)
     entry |= {"type": type(module).__name__, "dense": kind.__name__}
-    entry["format"] = packing.LABEL if packed else swap.format_name(module)
-    entry |= {"activation": module.activation, "bias": module.bias is not None}
+    entry |= {"format": forms.format_of(module), "activation": module.activation}
+    entry["bias"] = module.bias is not None
     entry["parts"] = [part for part, _ in absorbed(name, module)]
+    if isinstance(module, ByBatch):
+        entry["choices"] = [forms.format_of(choice) for choice in module.choices]
+        entry["limits"] = list(module.limits)
     if kind is nn.Conv2d:
         entry["pool"] = getattr(module, "pool", 1)
         entry["layout"] = getattr(module, "layout", None)

@@ -34,6 +34,7 @@ class PackedConv2d(PackedModule, nn.Conv2d):
     activation  None or "relu", applied to the output
     layout      memory format of the output: "contiguous", "channels_last" (oneDNN's own, no copy)
                 or None: like x
+    packs       False: computes as nn.Conv2d does, with the activation joined
     parts       names of the modules that this one stands for, where several were joined
 
     Raises what nn.Conv2d raises; from_dense raises TypeError and ValueError.
@@ -48,6 +49,7 @@ class PackedConv2d(PackedModule, nn.Conv2d):
         *,
         activation: str | None = None,
         layout: str | None = None,
+        packs: bool = True,
         parts: tuple[str, ...] = (),
     ) -> PackedConv2d:
         """Return a module with the parameters and the mode of conv; they are shared.
@@ -71,7 +73,7 @@ class PackedConv2d(PackedModule, nn.Conv2d):
             setattr(module, name, getattr(conv, name))
         module.layout = layout
         module._pads = _padding_of(conv)
-        module._adopt(conv, activation, parts)
+        module._adopt(conv, activation, packs, parts)
         return module
 
     def _settings(self) -> tuple:
@@ -88,7 +90,7 @@ class PackedConv2d(PackedModule, nn.Conv2d):
             if packed is not None:
                 return self._run(x, packed)
         y = self._conv_forward(x, self._weight(), self.bias)
-        y = torch.relu(y) if self.activation else y
+        y = self._joined_relu(y) if self.activation else y
         if self.layout is None or y.dim() != 4:
             return y
         last = self.layout == "channels_last"

@@ -26,6 +26,7 @@ class PackedLinear(PackedModule, nn.Linear):
     returns     [..., out_features] like x
     weight      [out_features, in_features], bias [out_features] or None
     activation  None, "relu", "gelu" or "gelu_tanh", applied to the output
+    packs       False: computes as nn.Linear does, with the activation joined
     parts       names of the modules that this one stands for, where several were joined
 
     Raises what nn.Linear raises; from_dense raises TypeError and ValueError.
@@ -33,7 +34,12 @@ class PackedLinear(PackedModule, nn.Linear):
 
     @classmethod
     def from_dense(
-        cls, linear: nn.Linear, *, activation: str | None = None, parts: tuple[str, ...] = ()
+        cls,
+        linear: nn.Linear,
+        *,
+        activation: str | None = None,
+        packs: bool = True,
+        parts: tuple[str, ...] = (),
     ) -> PackedLinear:
         """Return a module with the parameters and the mode of linear; they are shared.
 
@@ -47,7 +53,7 @@ class PackedLinear(PackedModule, nn.Linear):
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module.in_features, module.out_features = linear.in_features, linear.out_features
-        module._adopt(linear, activation, parts)
+        module._adopt(linear, activation, packs, parts)
         return module
 
     def _reorder(self, weight: Tensor, x: Tensor) -> Tensor:
@@ -62,7 +68,10 @@ class PackedLinear(PackedModule, nn.Linear):
                 name, algorithm, _ = _ACTIVATIONS[self.activation]
                 bias = self._parameters["bias"]
                 return _linear(x, packed, bias, name, _NO_SCALARS, algorithm)
-        return _ACTIVATIONS[self.activation][2](F.linear(x, self._weight(), self.bias))
+        y = F.linear(x, self._weight(), self.bias)
+        if self.activation == "relu":
+            return self._joined_relu(y)
+        return _ACTIVATIONS[self.activation][2](y)
 
     def extra_repr(self) -> str:
         """Sizes and what is packed and joined."""

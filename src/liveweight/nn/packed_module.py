@@ -22,19 +22,22 @@ class PackedModule(nn.Module):
     """
 
     activation: str | None
+    packs: bool
     parts: tuple[str, ...]
     _shape: tuple[int, ...]
     _may_give_up: bool  # the weight, once it is packed
     _cache: tuple[object, Tensor] | None  # (state of the weight that was packed, packed copy)
 
-    def _adopt(self, dense: nn.Module, activation: str | None, parts: tuple[str, ...]) -> None:
+    def _adopt(
+        self, dense: nn.Module, activation: str | None, packs: bool, parts: tuple[str, ...]
+    ) -> None:
         """Take over parameters and masks of a dense layer; they are shared, not copied."""
         self._parameters["weight"] = dense.weight
         self._parameters["bias"] = dense.bias
         for name in ("weight_mask", "bias_mask"):
             if dense._buffers.get(name) is not None:
                 self.register_buffer(name, dense._buffers[name])
-        self.activation, self.parts = activation, tuple(parts)
+        self.activation, self.packs, self.parts = activation, packs, tuple(parts)
         self._shape = tuple(dense.weight.shape)
         self._cache, self._may_give_up = None, True
         self.train(dense.training)
@@ -45,7 +48,7 @@ class PackedModule(nn.Module):
 
     def _wants_packed(self, x: Tensor) -> bool:
         """True for a plain float32 CPU input of a call that records no gradient."""
-        if torch.compiler.is_compiling():
+        if not self.packs or torch.compiler.is_compiling():
             return False
         if type(x) is not Tensor or x.dtype is not _float32 or not x.is_cpu or not x.numel():
             return False
@@ -138,8 +141,11 @@ class PackedModule(nn.Module):
         self.unpack_()
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
+    def _joined_relu(self, y: Tensor) -> Tensor:
+        return torch.relu(y) if y.requires_grad else torch.relu_(y)
+
     def _describe(self) -> str:
-        text = "packed for oneDNN"
+        text = "packed for oneDNN" if self.packs else "not packed"
         if self.activation is not None:
             text += f", activation={self.activation}"
         return text + (f", parts={self.parts}" if self.parts else "")

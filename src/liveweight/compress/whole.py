@@ -1,0 +1,120 @@
+"""The last word: the whole model timed dense and compressed; what does not help is undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from liveweight import _graph
+from liveweight.compress.chooser import Settings
+from liveweight.compress.decide import decide_whole
+from liveweight.compress.inputs import ExampleInputs, evaluating
+from liveweight.compress.measure import Timings
+from liveweight.compress.replacement import Replacement
+from liveweight.compress.report import CompressReport
+
+# A whole model is measured this many times longer than a candidate.
+LONGER = 4.0
+# So often the whole model is measured at most while choices are undone and tried again.
+MOST_TRIALS = 12
+# Choices that were undone come back if the model gets faster by more than this factor.
+BETTER = 1.01
+
+
+class Whole:
+    """Times a model with choices and without, at every batch size."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: dict[int, ExampleInputs],
+        settings: Settings,
+        report: CompressReport,
+    ) -> None:
+        self.model = model
+        self.inputs = inputs
+        self.settings = settings
+        self.report = report
+        self.trials = 0
+        self._lowest = 1.0  # the speed-up of the last set of choices that did not help
+
+    def settle(self, chosen: list[Replacement], graph: _graph.Graph | None) -> None:
+        """Keep the choices that make the model faster, put them in place, and fill the report."""
+        kept, lost = self._back_off(sorted(chosen, key=lambda r: r.saved_us))
+        for replacement in chosen:
+            replacement.undo()
+        for weak in lost:
+            weak.give_up(f"undone: the whole model ran at {self._lowest:.2f}x of dense with it")
+        for replacement in kept:
+            replacement.apply()
+        if not kept:
+            self.report.notes.append("no layer was changed: the model is as it was")
+
+    def _back_off(self, chosen: list[Replacement]) -> tuple[list[Replacement], list[Replacement]]:
+        """Return the choices to keep and those to undo; chosen rises in what it saves.
+
+        Where all together do not help, the stronger half is tried, and so on, then the weaker
+        half; to what helps, the halves of what was left out are added again where they make the
+        model faster.
+        """
+        if not chosen:
+            return [], []
+        if self.trials >= MOST_TRIALS:
+            return [], chosen
+        if self._helps(chosen):
+            return chosen, []
+        if len(chosen) == 1:
+            return [], chosen
+        half = (len(chosen) + 1) // 2
+        weak, strong = chosen[:half], chosen[half:]
+        kept, lost = self._back_off(strong)
+        if not kept:
+            kept, lost = self._back_off(weak)
+            return kept, lost + strong
+        if lost:
+            return kept, weak + lost
+        for part in filter(None, (weak[half // 2 :], weak[: half // 2])):
+            better = BETTER * self.report.speedup
+            if self.trials < MOST_TRIALS and self._helps(part + kept, at_least=better):
+                kept = part + kept
+            else:
+                lost = lost + part
+        return kept, lost
+
+    def _helps(self, chosen: list[Replacement], at_least: float = 1.0) -> bool:
+        """True where the model with these choices is not slower than dense at any batch size."""
+        self.trials += 1
+        found = {}
+        for size, inputs in self.inputs.items():
+            found[size] = decide_whole(lambda budget, i=inputs: self._time(chosen, i, budget))
+        lowest = min(ratio for _, ratio in found.values())
+        if lowest < at_least:
+            self._lowest = lowest
+            return False
+        size = min(found, key=lambda s: found[s][1])
+        timings, self.report.speedup = found[size]
+        self.report.dense_us = timings.median_us("dense")
+        self.report.compressed_us = timings.median_us("compressed")
+        if len(found) > 1:
+            self.report.speedups = {size: ratio for size, (_, ratio) in found.items()}
+        return True
+
+    def _time(self, chosen: list[Replacement], inputs: ExampleInputs, budget: float) -> Timings:
+        def set_up(used: bool) -> Callable[[], None]:
+            def prepare() -> None:
+                for replacement in chosen:
+                    (replacement.apply if used else replacement.undo)()
+
+            return prepare
+
+        def call() -> object:
+            return self.model(*inputs.args, **inputs.kwargs)
+
+        calls = {"dense": call, "compressed": call}
+        prepare = {"dense": set_up(False), "compressed": set_up(True)}
+        with evaluating(self.model):
+            notes, budget = self.report.notes, LONGER * budget
+            timings = self.settings.time(calls, budget, notes, prepare=prepare)
+        set_up(False)()
+        return timings
