@@ -110,6 +110,11 @@ def run_table(table: tables.Table, options, stamp: dict) -> dict:
         if table.threads > (os.cpu_count() or 1):
             raise Absent(f"{table.threads} threads need as many cores")
         for row in table.rows(settings):
+            if "failed" in row:
+                labels = {k: v for k, v in row.items() if k != "failed"}
+                result["problems"].append(f"{labels}: {row['failed']}")
+                result["failed"] = True
+                continue
             result["rows"].append(row)
             print(f"  {table.name}: {_line(row)}", flush=True)
             if time.monotonic() - start > table.limit_s * max(1.0, options.effort):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import liveweight as lw
 from cpu.baselines import freeze
-from cpu.timing import OURS, Settings, paired, relative_error
+from cpu.timing import OURS, Settings, failure, paired, relative_error
 
 KINDS = {"eager": "torch", "torch.compile": "dense"}
 AGREE = 1e-4  # relative error of whole nets in fp32
@@ -73,10 +73,14 @@ def whole_nets(settings: Settings) -> Iterator[dict]:
     for name, granularity, sparsity, batch, threads in cases(settings):
         torch.set_num_threads(threads)
         model, x = nets.make(name, sparsity, granularity), nets.example(name, batch)
-        dense = compiled.get((name, batch, threads), model, x)
         labels = {"net": name, "granularity": granularity, "sparsity": sparsity, "batch": batch}
         again = sparsity == 0.9 and threads == 1 and name in ("VGG-like", "encoder")
-        yield one_net(labels, model, x, dense, settings, threads, again and not settings.quick)
+        try:
+            dense = compiled.get((name, batch, threads), model, x)
+            again = again and not settings.quick
+            yield one_net(labels, model, x, dense, settings, threads, again)
+        except Exception as error:
+            yield failure(labels, error)
 
 
 def compress(model: nn.Module, x: Tensor) -> tuple[nn.Module, object, float]:

@@ -36,7 +36,8 @@ call*: `F.linear` or `F.conv2d` as written. *Strongest dense*: the fastest of th
 weights pre-packed for oneDNN and for MKL, and `torch.compile` with freezing (single layers: where a
 cell lists it; whole nets: always). *Best sparse baseline*: the fastest of
 `torch.mm(csr, x.t().contiguous())`, `F.linear(x, csr)`, torch BSR, SciPy CSR and, for convolutions,
-im2col with a CSR weight; "-" where one call of theirs would take seconds. *Share*: useful
+im2col with a CSR weight; their output stays transposed, which spares them a copy that ours
+includes; "-" where one call of theirs would take seconds. *Share*: useful
 operations (2 x kept weights x outputs each adds to) over the multiply-add peak measured in the same
 run. All times are in the JSON files beside this page."""
 

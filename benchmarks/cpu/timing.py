@@ -10,6 +10,7 @@ import math
 import resource
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
@@ -180,7 +181,21 @@ def check(cell: Cell) -> dict[str, float]:
     return errors
 
 
+def failure(labels: Mapping[str, object], error: Exception) -> dict:
+    """Return the row of a cell that could not be measured; one bad cell must not end a table."""
+    traceback.print_exception(error)
+    return {**labels, "failed": f"{type(error).__name__}: {error}"}
+
+
 def measure(cell: Cell, settings: Settings, cold: bool = False, threads: int = 1) -> dict:
+    """Return the row of a cell, or labels and "failed" where it is wrong or breaks."""
+    try:
+        return measure_checked(cell, settings, cold, threads)
+    except Exception as error:
+        return failure(cell.labels, error)
+
+
+def measure_checked(cell: Cell, settings: Settings, cold: bool, threads: int) -> dict:
     """Check a cell, time it, and return its row; every ratio is a time over ours, paired.
 
     Row: the labels; us: name -> median; ratios: name -> median of the paired ratios;
