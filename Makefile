@@ -8,7 +8,7 @@ OUT    ?= runs/lenet5-digits
 BENCH  ?= benchmarks
 PIP     = $(PYTHON) -m pip --disable-pip-version-check
 
-.PHONY: demo test lint format build bench bench-cpu gpu clean
+.PHONY: demo test lint format build sanitize bench bench-cpu gpu clean
 
 demo: $(VENV)/.demo
 	$(PYTHON) -m liveweight prune lenet5-digits --out $(OUT)
@@ -27,6 +27,10 @@ format: $(VENV)/.dev
 # Compiles csrc/ into the package folder, incrementally; an editable install picks it up at once.
 build:
 	$(PYTHON) csrc/build/compile_native.py
+
+# Op tests on kernels with AddressSanitizer and UBSan; other tests: make sanitize TESTS=tests/nn
+sanitize: $(VENV)/.dev
+	$(PYTHON) csrc/build/sanitize.py $(TESTS)
 
 bench: $(VENV)/.dev build
 	$(PYTHON) -m pytest $(BENCH) -o python_files='bench_*.py' --benchmark-only \

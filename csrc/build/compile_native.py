@@ -55,12 +55,15 @@ def _run(part: str, build_dir: pathlib.Path, out_dir: pathlib.Path) -> str:
     return "built" if done.returncode == 0 else f"compilation failed:\n{done.stdout[-4000:]}"
 
 
-def compile_all(out_dir: pathlib.Path) -> dict[str, str]:
+def compile_all(
+    out_dir: pathlib.Path,
+    build_dir: pathlib.Path = ninja_plan.ROOT / "build",
+    parts: tuple[str, ...] = ("cpu", "pack", "cuda"),
+) -> dict[str, str]:
     """Build every part that this machine can build; put the results and ``_build.json`` there."""
-    build_dir = ninja_plan.ROOT / "build"
     lib = build_dir / "lib"
     lib.mkdir(parents=True, exist_ok=True)
-    status = {part: _run(part, build_dir, lib) for part in ("cpu", "pack", "cuda")}
+    status = {part: _run(part, build_dir, lib) for part in parts}
     (lib / "_build.json").write_text(json.dumps(status, indent=1))
     out_dir.mkdir(parents=True, exist_ok=True)
     for built in lib.iterdir():

@@ -10,6 +10,7 @@ Three shared objects go into the package folder:
 The first two use only PyTorch's stable ABI and no Python.h, so one file serves every CPython and
 every torch >= 2.11. Environment: LIVEWEIGHT_TORCH_INCLUDE (folder of torch's headers),
 LIVEWEIGHT_CUDA=0|1 (never | must), LIVEWEIGHT_CUDA_ARCHS="80;90a", CXX, CUDA_HOME.
+LIVEWEIGHT_SANITIZE="address,undefined" builds the C++ parts so (sanitize.py runs tests on that).
 """
 
 from __future__ import annotations
@@ -29,6 +30,16 @@ ISA_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "plain": "",
 }
+
+
+def optimize() -> str:
+    """Return the flags for speed, or those of a build that stops at the first error in memory."""
+    sanitizers = os.environ.get("LIVEWEIGHT_SANITIZE", "")
+    if not sanitizers:
+        return "-O3"
+    # vptr asks for type information that torch's hidden symbols do not share.
+    stop = "-fno-sanitize=vptr -fno-sanitize-recover=all -fno-omit-frame-pointer"
+    return f"-O1 -g1 -fsanitize={sanitizers} {stop}"
 
 
 class Missing(Exception):
@@ -87,11 +98,11 @@ class Plan:
     def add_cpu(self, include: pathlib.Path) -> None:
         cxx = compiler()
         x86 = platform.machine() in ("x86_64", "AMD64")
-        flags = f"-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast {WARN} {ABI}"
+        flags = f"-std=c++20 {optimize()} -fPIC -fvisibility=hidden -ffp-contract=fast {WARN} {ABI}"
         self.rule("cpu", f"{cxx} -MMD -MF $out.d {flags} $isa -isystem {include} -c $in -o $out")
         self.rule(
             "link_cpu",
-            f"{cxx} -shared -o $out $in -L{include.parent / 'lib'} -ltorch_cpu",
+            f"{cxx} {optimize()} -shared -o $out $in -L{include.parent / 'lib'} -ltorch_cpu",
             depfile=False,
         )
         objects = []
@@ -115,10 +126,10 @@ class Plan:
         cxx = compiler()
         self.rule(
             "pack",
-            f"{cxx} -MMD -MF $out.d -std=c++17 -O3 -fPIC -fvisibility=hidden {WARN} "
+            f"{cxx} -MMD -MF $out.d -std=c++17 {optimize()} -fPIC -fvisibility=hidden {WARN} "
             f"-isystem {pybind} -isystem {python} -c $in -o $out",
         )
-        self.rule("link_pack", f"{cxx} -shared -o $out $in", depfile=False)
+        self.rule("link_pack", f"{cxx} {optimize()} -shared -o $out $in", depfile=False)
         objects = []
         for source in sorted((ROOT / "csrc" / "pack").glob("*.cpp")):
             objects.append(self.build_dir / "pack" / f"{source.stem}.o")
