@@ -32,7 +32,7 @@ def mass_mask() -> Iterator[tuple]:
 
 
 def linears() -> Iterator[tuple]:
-    for M, K, N in [(0, 5, 3), (1, 17, 9), (3, 63, 33), (19, 129, 40), (40, 300, 17)]:
+    for M, K, N in [(0, 5, 3), (1, 17, 9), (3, 63, 33), (19, 129, 40), (100, 300, 17)]:
         tile = (16, 300) if M % 2 else None
         weight = formats.Unstructured.from_dense(sparse(N, K), tile=tile)
         yield torch.randn(M, K), torch.randn(M, N), torch.randn(N), weight

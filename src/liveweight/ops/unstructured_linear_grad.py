@@ -10,11 +10,20 @@ from liveweight import _library, reference
 from liveweight.ops.activation import activation_grad
 
 _RELU = 1
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def select(op, plain, x: Tensor):
     """Return the op, or its reference where the op's CPU kernel does not know the dtype."""
     return plain if x.is_cpu and x.dtype is not torch.float32 else op
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    """Return a half-precision CPU tensor as float32, which the kernels add in; others as they are.
+
+    The casts cost one pass over what the kernel reads once for every kept weight.
+    """
+    return tensor.float() if tensor.is_cpu and tensor.dtype in _HALVES else tensor
 
 
 class UnstructuredLinear(torch.autograd.Function):
@@ -45,11 +54,11 @@ class UnstructuredLinear(torch.autograd.Function):
         grad, index = grad.contiguous(), (columns, segments, offsets, ctx.tile)
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            run = select(_op_x, reference.unstructured_linear_grad_x, x)
-            grad_x = run(grad, values, *index, x.shape[1])
+            run = select(_op_x, reference.unstructured_linear_grad_x, _widen(x))
+            grad_x = run(_widen(grad), _widen(values), *index, x.shape[1]).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            run = select(_op_values, reference.unstructured_linear_grad_values, x)
-            grad_values = run(grad, x.contiguous(), *index)
+            run = select(_op_values, reference.unstructured_linear_grad_values, _widen(x))
+            grad_values = run(_widen(grad), _widen(x.contiguous()), *index).to(x.dtype)
         if ctx.needs_input_grad[7]:
             grad_bias = grad.sum(0)
         return grad_x, grad_values, None, None, None, None, None, grad_bias, None, None
