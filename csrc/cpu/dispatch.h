@@ -65,6 +65,9 @@ enum class Isa { plain, avx2, avx512 };
 // variable holds an unknown word or a set that this CPU lacks.
 Isa cpu_isa();
 
+// Floats of a Vec (simd.h) of the instruction set in use.
+inline int64_t cpu_lanes() { return cpu_isa() == Isa::avx512 ? 16 : cpu_isa() == Isa::avx2 ? 8 : 4; }
+
 template <class Error, class... Parts>
 [[noreturn]] void raise(const Parts&... parts) {
   std::ostringstream text;

@@ -9,6 +9,7 @@
 //   + - * fma(a, b, c) = a * b + c   max(a, b) min(a, b) abs(v) relu(v)
 //   greater(a, b) select(mask, a, b) count_greater(count, v, limit) = count + (v > limit)
 //   gather(base, index) gather(base, index, n)    expand_load(p, bits)   index: int32, uint16, uint8
+//   with_previous(v, before): lane l - 1 of v, before lane 0 the last of `before`; with_next(v, after)
 //   reduce_add(v) reduce_max(v)    popcount(bits) prefetch(p)
 //
 // load and load_first also take Bf16 and Half and widen to fp32. Where n lanes are asked for, n is

@@ -115,6 +115,15 @@ LW_INLINE Vec expand_load(const float* p, uint32_t b) {
   return {_mm256_and_ps(spread, _mm256_castsi256_ps(mask_from_bits(b).m))};
 }
 
+LW_INLINE Vec with_previous(Vec v, Vec before) {
+  const __m256 middle = _mm256_permute2f128_ps(before.v, v.v, 0x21);
+  return {_mm256_castsi256_ps(_mm256_alignr_epi8(_mm256_castps_si256(v.v), _mm256_castps_si256(middle), 12))};
+}
+LW_INLINE Vec with_next(Vec v, Vec after) {
+  const __m256 middle = _mm256_permute2f128_ps(v.v, after.v, 0x21);
+  return {_mm256_castsi256_ps(_mm256_alignr_epi8(_mm256_castps_si256(middle), _mm256_castps_si256(v.v), 4))};
+}
+
 LW_INLINE float reduce_add(Vec v) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v.v), _mm256_extractf128_ps(v.v, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));

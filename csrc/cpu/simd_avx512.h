@@ -88,6 +88,13 @@ LW_INLINE Vec expand_load(const float* p, uint32_t b) {
   return {_mm512_maskz_expandloadu_ps(static_cast<__mmask16>(b), p)};
 }
 
+LW_INLINE Vec with_previous(Vec v, Vec before) {
+  return {_mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(v.v), _mm512_castps_si512(before.v), 15))};
+}
+LW_INLINE Vec with_next(Vec v, Vec after) {
+  return {_mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(after.v), _mm512_castps_si512(v.v), 1))};
+}
+
 LW_INLINE float reduce_add(Vec v) { return _mm512_reduce_add_ps(v.v); }
 LW_INLINE float reduce_max(Vec v) { return _mm512_reduce_max_ps(v.v); }
 

@@ -95,6 +95,11 @@ LW_INLINE Vec expand_load(const float* p, uint32_t b) {
   return v;
 }
 
+LW_INLINE Vec with_previous(Vec v, Vec before) {
+  return {__builtin_shuffle(before.v, v.v, Int4{3, 4, 5, 6})};
+}
+LW_INLINE Vec with_next(Vec v, Vec after) { return {__builtin_shuffle(v.v, after.v, Int4{1, 2, 3, 4})}; }
+
 LW_INLINE float reduce_add(Vec v) { return (v.v[0] + v.v[2]) + (v.v[1] + v.v[3]); }
 LW_INLINE float reduce_max(Vec v) {
   const float even = v.v[0] > v.v[2] ? v.v[0] : v.v[2];
