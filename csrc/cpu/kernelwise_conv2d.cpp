@@ -6,6 +6,12 @@
 namespace liveweight {
 namespace {
 
+void run(const KernelwiseConv& conv) {
+  const int64_t side_by_side = lanes_samples(conv.sizes, cpu_lanes());
+  if (side_by_side > 0) run_lanes(conv, 0, side_by_side);
+  if (side_by_side < conv.sizes.B) run_planes(conv, side_by_side, conv.sizes.B);
+}
+
 Tensor kernelwise_conv2d(const Tensor& x, const Tensor& values, const Tensor& filter_offsets,
                          const Tensor& channels, const std::optional<Tensor>& bias,
                          std::vector<int64_t> stride, std::vector<int64_t> padding,
@@ -37,7 +43,7 @@ Tensor kernelwise_conv2d(const Tensor& x, const Tensor& values, const Tensor& fi
   conv.kept = kept.count;
   Tensor y = new_picture(x, {s.B, s.filters, s.height / pool, s.width / pool}, conv.y_layout);
   conv.y = static_cast<float*>(y.mutable_data_ptr());
-  if (y.numel() > 0) run_planes(conv, 0, s.B);
+  if (y.numel() > 0) run(conv);
   return y;
 }
 

@@ -38,6 +38,10 @@ struct KernelwiseConv {
 
 // Samples [begin, end) by each path.
 void run_planes(const KernelwiseConv& conv, int64_t begin, int64_t end);
+void run_lanes(const KernelwiseConv& conv, int64_t begin, int64_t end);
+
+// How many of the samples, from the first, run_lanes should take; `lanes` of a vector.
+int64_t lanes_samples(const ConvSizes& s, int64_t lanes);
 
 // Filters [from, to) in falling order of their kept kernels: then the inner loop's length repeats and
 // is predicted. Equal ones keep their order.

@@ -15,27 +15,37 @@ enum class Layout : int64_t { contiguous = 0, channels_last = 1, batch_last = 2 
 
 namespace liveweight::LW_ISA {
 
-// out[c * out_step + r] = in[r * in_step + c] for r < rows, c < columns.
+// Four rows and columns [begin, end) of transpose_rows.
+LW_INLINE void transpose_strip(const float* in, int64_t in_step, float* out, int64_t out_step, int64_t begin,
+                               int64_t end) {
+  int64_t c = begin;
+  for (; c + 4 <= end; c += 4) {
+    Lanes<4> v[4];
+    for (int i = 0; i < 4; ++i) v[i] = load_lanes<4>(in + i * in_step + c);
+    transpose4(v);
+    for (int i = 0; i < 4; ++i) store_lanes<4>(out + (c + i) * out_step, v[i]);
+  }
+  for (; c < end; ++c) {
+    for (int i = 0; i < 4; ++i) out[c * out_step + i] = in[i * in_step + c];
+  }
+}
+
+// out[c * out_step + r] = in[r * in_step + c] for r < rows, c < columns. The side with the longer steps
+// is read or written a whole line at a time: lines far apart may share a place in the cache.
 LW_INLINE void transpose_rows(const float* in, int64_t in_step, float* out, int64_t out_step,
                               int64_t rows, int64_t columns) {
-  constexpr int64_t kBlock = 16;  // columns whose output lines are filled whole before moving on
-  for (int64_t c0 = 0; c0 < columns; c0 += kBlock) {
-    const int64_t c1 = c0 + kBlock < columns ? c0 + kBlock : columns;
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) {
-      int64_t c = c0;
-      for (; c + 4 <= c1; c += 4) {
-        Lanes<4> v[4];
-        for (int i = 0; i < 4; ++i) v[i] = load_lanes<4>(in + (r + i) * in_step + c);
-        transpose4(v);
-        for (int i = 0; i < 4; ++i) store_lanes<4>(out + (c + i) * out_step + r, v[i]);
+  constexpr int64_t kLine = 16;
+  const bool whole_lines_out = out_step > in_step;
+  const int64_t row_block = whole_lines_out ? kLine : rows, column_block = whole_lines_out ? 4 : kLine;
+  for (int64_t r0 = 0; r0 < rows; r0 += row_block) {
+    const int64_t r1 = r0 + row_block < rows ? r0 + row_block : rows;
+    for (int64_t c0 = 0; c0 < columns; c0 += column_block) {
+      const int64_t c1 = c0 + column_block < columns ? c0 + column_block : columns;
+      int64_t r = r0;
+      for (; r + 4 <= r1; r += 4) transpose_strip(in + r * in_step, in_step, out + r, out_step, c0, c1);
+      for (; r < r1; ++r) {
+        for (int64_t c = c0; c < c1; ++c) out[c * out_step + r] = in[r * in_step + c];
       }
-      for (; c < c1; ++c) {
-        for (int i = 0; i < 4; ++i) out[c * out_step + r + i] = in[(r + i) * in_step + c];
-      }
-    }
-    for (; r < rows; ++r) {
-      for (int64_t c = c0; c < c1; ++c) out[c * out_step + r] = in[r * in_step + c];
     }
   }
 }

@@ -85,6 +85,17 @@ CASES = {
     "one channel": Case(channels=1, filters=1, batch=1),
     "long band": Case(channels=2, filters=2, size=(150, 61), batch=1),
     "many samples": Case(batch=17),
+    "rows of whole vectors": Case(size=(19, 48)),
+    "rows of whole vectors, no padding": Case(size=(18, 34), padding=(0, 0)),
+    "rows, uneven padding": Case(size=(3, 29), padding=(1, 0)),
+    "samples side by side": Case(channels=5, size=(8, 8), batch=16),
+    "samples side by side, ragged": Case(channels=4, size=(5, 7), batch=27, groups=2, filters=18),
+    "samples side by side, no padding": Case(size=(6, 3), padding=(0, 0), batch=17),
+    "samples side by side, uneven padding": Case(size=(2, 9), padding=(1, 0), batch=12),
+    "samples side by side, stride 2": Case(size=(9, 8), stride=(2, 2), batch=33),
+    "samples side by side, stride 2, no padding": Case(
+        size=(8, 7), stride=(2, 2), padding=(0, 0), batch=16
+    ),
 }
 
 
