@@ -1,7 +1,8 @@
 """What a sparse weight is: frozen values with from_dense, to_dense and validate."""
 
+from liveweight.formats.block import Block
 from liveweight.formats.kernelwise import Kernelwise
 from liveweight.formats.unstructured import Unstructured
 from liveweight.formats.unstructured_kernels import UnstructuredKernels
 
-__all__ = ["Kernelwise", "Unstructured", "UnstructuredKernels"]
+__all__ = ["Block", "Kernelwise", "Unstructured", "UnstructuredKernels"]
