@@ -42,6 +42,30 @@ SCHEMAS: dict[str, str] = {
         Tensor offsets,
         int[2] tile
     ) -> Tensor""",
+    "block_linear": """(
+        Tensor x,
+        Tensor values,
+        Tensor row_offsets,
+        Tensor columns,
+        int[2] shape,
+        Tensor? bias,
+        int activation,
+        bool batch_last
+    ) -> Tensor""",
+    "block_linear_grad_x": """(
+        Tensor grad,
+        Tensor values,
+        Tensor row_offsets,
+        Tensor columns,
+        int[2] shape
+    ) -> Tensor""",
+    "block_linear_grad_values": """(
+        Tensor grad,
+        Tensor x,
+        Tensor row_offsets,
+        Tensor columns,
+        int[2] block
+    ) -> Tensor""",
     "kernelwise_conv2d": """(
         Tensor x,
         Tensor values,

@@ -55,6 +55,38 @@ def unstructured_linear_grad_values() -> Iterator[tuple]:
         yield grad, x, w.columns, w.segments, w.offsets, w.tile
 
 
+def blocks() -> Iterator[tuple]:
+    for M, K, N, block in [
+        (0, 5, 3, (2, 2)),
+        (1, 64, 48, (16, 16)),
+        (2, 17, 9, (16, 1)),
+        (3, 63, 33, (8, 8)),
+        (19, 129, 70, (32, 32)),
+        (21, 40, 23, (4, 2)),
+        (40, 70, 65, (5, 3)),
+        (13, 30, 24, (24, 7)),
+    ]:
+        weight = formats.Block.from_dense(sparse(N, K), torch.rand(N, K) < 0.02, block=block)
+        yield torch.randn(M, K), torch.randn(M, N), torch.randn(N), weight
+
+
+def block_linear() -> Iterator[tuple]:
+    for x, _, bias, w in blocks():
+        index = (w.values, w.row_offsets, w.columns, list(w.shape))
+        yield x, *index, bias, 2, False
+        yield x.t().contiguous().t(), *index, None, 0, True
+
+
+def block_linear_grad_x() -> Iterator[tuple]:
+    for _, grad, _, w in blocks():
+        yield grad, w.values, w.row_offsets, w.columns, list(w.shape)
+
+
+def block_linear_grad_values() -> Iterator[tuple]:
+    for x, grad, _, w in blocks():
+        yield grad, x, w.row_offsets, w.columns, list(w.block)
+
+
 def convs() -> Iterator[tuple]:
     for B, C, size, Cout, k, stride, padding, dilation, groups in [
         (1, 3, 7, 5, 3, 1, 1, 1, 1),
@@ -137,6 +169,9 @@ CASES: dict[str, Callable[[], Iterator[tuple]]] = {
     "unstructured_linear": unstructured_linear,
     "unstructured_linear_grad_x": unstructured_linear_grad_x,
     "unstructured_linear_grad_values": unstructured_linear_grad_values,
+    "block_linear": block_linear,
+    "block_linear_grad_x": block_linear_grad_x,
+    "block_linear_grad_values": block_linear_grad_values,
     "kernelwise_conv2d": kernelwise_conv2d,
     "kernelwise_conv2d_grad_x": kernelwise_conv2d_grad_x,
     "kernelwise_conv2d_grad_values": kernelwise_conv2d_grad_values,

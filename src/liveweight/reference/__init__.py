@@ -1,6 +1,11 @@
 """Every op in plain PyTorch: the truth for tests, and the kernel where no compiled one exists."""
 
 from liveweight.reference.activation import apply_activation
+from liveweight.reference.block_linear import (
+    block_linear,
+    block_linear_grad_values,
+    block_linear_grad_x,
+)
 from liveweight.reference.kernelwise_conv2d import (
     conv2d_size,
     kernelwise_conv2d,
@@ -26,6 +31,9 @@ from liveweight.reference.unstructured_linear import (
 __all__ = [
     "activity_stats_",
     "apply_activation",
+    "block_linear",
+    "block_linear_grad_values",
+    "block_linear_grad_x",
     "conv2d_size",
     "kernel_coordinates",
     "kernelwise_conv2d",

@@ -1,0 +1,165 @@
+"""Linear layer whose weight lacks whole blocks: y = act(x W^T + b)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from liveweight import _library, reference
+from liveweight.formats import Block
+from liveweight.ops.activation import activation_code, activation_grad
+
+_NAME = "block_linear"
+_RELU = activation_code("relu")
+_float32 = torch.float32
+
+
+def block_linear(
+    x: Tensor,
+    weight: Block,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    batch_last: bool = False,
+) -> Tensor:
+    """Apply a linear layer whose weight is a list of blocks: y = act(x W^T + b).
+
+    x           [..., K] float32 (other dtypes, and devices without a kernel: plain PyTorch);
+                a matrix whose transpose is contiguous is read where it lies
+    weight      [N, K], values like x
+    bias        [N] like x, or None
+    activation  None, "relu", "gelu" or "gelu_tanh"
+    batch_last  for x [M, K]: return y [M, N] with y.t() contiguous
+    returns     [..., N] like x
+
+    Differentiable once, in x, the values and the bias. Zeros inside kept blocks are multiplied. The
+    index values of weight are not checked here: Block.from_dense and Block.validate vouch for them.
+    Raises ValueError (shapes, names) and TypeError (types, dtypes).
+    """
+    if not isinstance(weight, Block):
+        raise TypeError(f"{_NAME}: weight must be formats.Block, got {type(weight).__name__}")
+    parts = (weight.values, weight.row_offsets, weight.columns, weight.shape)
+    return apply_block(x, *parts, bias, activation_code(activation), batch_last)
+
+
+def apply_block(
+    x: Tensor,
+    values: Tensor,
+    row_offsets: Tensor,
+    columns: Tensor,
+    shape: tuple[int, int],
+    bias: Tensor | None,
+    activation: int,
+    batch_last: bool = False,
+) -> Tensor:
+    """Check the operands, flatten the batch and run the op; the parts of weight come unpacked."""
+    x = _check(x, values, shape, bias, batch_last)
+    flat = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), shape[1])
+    if not (flat.is_contiguous() or flat.t().is_contiguous()):
+        flat = flat.contiguous()
+    args = (flat, values, row_offsets, columns, shape, bias, activation, batch_last)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        y = _BlockLinear.apply(*args)
+    else:
+        y = _forward(*args)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def _check(
+    x: Tensor, values: Tensor, shape: tuple[int, int], bias: Tensor | None, batch_last: bool
+) -> Tensor:
+    """Return x, cast under autocast as nn.Linear does; raise where operands do not fit."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{_NAME}: x must be a tensor, got {type(x).__name__}")
+    if x.dim() == 0 or x.size(-1) != shape[1]:
+        raise ValueError(f"{_NAME}: expected x [..., {shape[1]}], got {tuple(x.shape)}")
+    if batch_last and x.dim() != 2:
+        raise ValueError(f"{_NAME}: batch_last needs x [M, {shape[1]}], got {tuple(x.shape)}")
+    if x.dtype is not values.dtype:
+        if not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+            raise TypeError(f"{_NAME}: expected x {_dtype(values)} like values, got {_dtype(x)}")
+        x = x.to(values.dtype)
+    if bias is not None:
+        _check_bias(bias, shape[0], values)
+    return x
+
+
+def _check_bias(bias: Tensor, size: int, values: Tensor) -> None:
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{_NAME}: bias must be a tensor or None, got {type(bias).__name__}")
+    if bias.dim() != 1 or bias.size(0) != size:
+        raise ValueError(f"{_NAME}: expected bias [{size}], got {tuple(bias.shape)}")
+    if bias.dtype is not values.dtype:
+        raise TypeError(f"{_NAME}: expected bias {_dtype(values)}, got {_dtype(bias)}")
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _select(op, plain, x: Tensor):
+    """Return the op, or its reference where the op's CPU kernel does not know the dtype."""
+    return plain if x.is_cpu and x.dtype is not _float32 else op
+
+
+def _forward(x, *rest) -> Tensor:
+    return _select(_op, reference.block_linear, x)(x, *rest)
+
+
+class _BlockLinear(torch.autograd.Function):
+    """grad_x = G W, grad_W[n, k] = sum_m G[m, n] x[m, k] in kept blocks, G = grad * act'."""
+
+    @staticmethod
+    def forward(ctx, x, values, row_offsets, columns, shape, bias, activation, batch_last):
+        y = _forward(x, values, row_offsets, columns, shape, bias, activation, batch_last)
+        kept = y if activation == _RELU else None
+        ctx.save_for_backward(x, values, row_offsets, columns, bias, kept)
+        ctx.shape, ctx.activation = shape, activation
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, values, row_offsets, columns, bias, before = ctx.saved_tensors
+        index, shape = (row_offsets, columns), ctx.shape
+        if ctx.activation:
+            if before is None:  # the sum is computed again: cheaper than keeping it
+                before = _forward(x, values, *index, shape, bias, 0, False)
+            grad = activation_grad(grad, before, ctx.activation)
+        grad = grad.contiguous()
+        grad_x = grad_values = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            run = _select(_op_x, reference.block_linear_grad_x, x)
+            grad_x = run(grad, values, *index, shape)
+        if ctx.needs_input_grad[1]:
+            run = _select(_op_values, reference.block_linear_grad_values, x)
+            block = (values.shape[2], values.shape[1])
+            grad_values = run(grad, x.contiguous(), *index, block)
+        if ctx.needs_input_grad[5]:
+            grad_bias = grad.sum(0)
+        return grad_x, grad_values, None, None, None, grad_bias, None, None
+
+
+def _fake(x, values, row_offsets, columns, shape, bias, activation, batch_last):
+    if batch_last:
+        return x.new_empty(shape[0], x.shape[0]).t()
+    return x.new_empty(x.shape[0], shape[0])
+
+
+def _fake_grad_x(grad, values, row_offsets, columns, shape):
+    return grad.new_empty(grad.shape[0], shape[1])
+
+
+def _fake_grad_values(grad, x, row_offsets, columns, block):
+    return x.new_empty(columns.shape[0], block[1], block[0])
+
+
+_library.register(_NAME, reference.block_linear, _fake)
+_library.register(f"{_NAME}_grad_x", reference.block_linear_grad_x, _fake_grad_x)
+_library.register(f"{_NAME}_grad_values", reference.block_linear_grad_values, _fake_grad_values)
+_op = torch.ops.liveweight.block_linear.default
+_op_x = torch.ops.liveweight.block_linear_grad_x.default
+_op_values = torch.ops.liveweight.block_linear_grad_values.default
