@@ -144,6 +144,8 @@ class Clock:
         if "compressed" in calls:
             time = self.whole.pop(0) if len(self.whole) > 1 else self.whole[0]
             return Timings({"dense": [10.0] * 8, "compressed": [time] * 8})
+        if "layouts as they come" in calls:
+            return Timings({name: [10.0] * 8 for name in calls})
         self.races.append(list(calls))
         conv = any(name.startswith("kernelwise") for name in calls)
         return Timings({name: [self._time(name, conv)] * 8 for name in calls})

@@ -10,6 +10,7 @@ from liveweight import _graph
 from liveweight.compress.chooser import Settings
 from liveweight.compress.decide import decide_whole
 from liveweight.compress.inputs import ExampleInputs, evaluating
+from liveweight.compress.layouts import Layouts
 from liveweight.compress.measure import Timings
 from liveweight.compress.replacement import Replacement
 from liveweight.compress.report import CompressReport
@@ -36,11 +37,15 @@ class Whole:
         self.inputs = inputs
         self.settings = settings
         self.report = report
+        self.layouts = Layouts(model, inputs, settings, report)
         self.trials = 0
         self._lowest = 1.0  # the speed-up of the last set of choices that did not help
 
     def settle(self, chosen: list[Replacement], graph: _graph.Graph | None) -> None:
         """Keep the choices that make the model faster, put them in place, and fill the report."""
+        for replacement in chosen:
+            replacement.apply()
+        self.layouts.choose(chosen, graph)
         kept, lost = self._back_off(sorted(chosen, key=lambda r: r.saved_us))
         for replacement in chosen:
             replacement.undo()
@@ -64,6 +69,7 @@ class Whole:
             return [], chosen
         if self._helps(chosen):
             return chosen, []
+        self.layouts.reset()  # neighbours are about to go
         if len(chosen) == 1:
             return [], chosen
         half = (len(chosen) + 1) // 2
