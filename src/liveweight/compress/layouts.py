@@ -21,7 +21,7 @@ FASTER = 1.02
 # Below this batch size the samples do not fill a vector, and batch_last is not tried.
 LEAST_BATCH = 8
 AS_THEY_COME = "layouts as they come"
-# Modules measure a layout this many times longer than a candidate.
+# A layout is measured this many times longer than a candidate.
 LONGER = 2.0
 
 Setting = dict[str, object]  # name of a layer -> value of its layout attribute
@@ -119,7 +119,8 @@ class Layouts:
         prepare = {name: preparing(setting) for name, setting in options.items()}
         calls = dict.fromkeys(options, call)
         with evaluating(self.model):
-            return self.settings.time(calls, LONGER, self.report.notes, prepare=prepare)
+            notes = self.report.notes
+            return self.settings.time(calls, LONGER, notes, prepare=prepare, min_rounds=3)
 
     def _set(self, setting: Setting) -> None:
         for name, layout in setting.items():
