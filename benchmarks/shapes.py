@@ -37,6 +37,12 @@ def pruned_conv(out: int, inp: int, kernel: int, sparsity: float, seed: int = 0)
     return _zero_smallest(weight, weight.norm(dim=(2, 3), keepdim=True), sparsity)
 
 
+def prune_weights(shape: tuple[int, ...], sparsity: float, seed: int = 0) -> Tensor:
+    """Return a Gaussian weight of any shape whose smallest magnitudes are zero."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return _zero_smallest(weight, weight.abs(), sparsity)
+
+
 def _zero_smallest(weight: Tensor, score: Tensor, sparsity: float) -> Tensor:
     drop = int(sparsity * score.numel())
     if drop:

@@ -72,6 +72,7 @@ struct TileJob {
   const int64_t* table;     // column of a tile -> float offset in packed
   const int64_t* shift;     // filter -> float offset of its group's channels; null: all 0
   int64_t part_step, row_step;  // floats from part to part, and from output row to row
+  bool chained;             // one row in all: the "rows" of a tile follow each other along it
   int64_t filters, samples;
   const float* bias;
   bool relu;

@@ -17,7 +17,7 @@ void dot_tile(const float* x, const float* grad, const TileJob& job, int64_t gro
   const int32_t *from = job.weight.offsets + 2 * group, *to = from + 2;
   const Index* columns = static_cast<const Index*>(job.weight.columns);
   const Index* segments = static_cast<const Index*>(job.weight.segments);
-  const int64_t block = group / job.weight.parts, grad_row = job.pack.out_columns * kLanes;
+  const int64_t block = group / job.weight.parts, grad_row = (job.chained ? 1 : job.pack.out_columns) * kLanes;
   int64_t at = from[0];
   for (int64_t i = from[1]; i < to[1]; ++i) {
     const int64_t o = block * job.weight.rows + segments[2 * i];

@@ -108,6 +108,16 @@ void tile_pack(const float* x, const TileJob& job, int64_t samples, int64_t begi
     }
     return;
   }
+  const bool bare = p.origin[0] == 0 && p.origin[1] == 0 && p.stride[1] == 1 && p.phase_width == p.out_columns;
+  if (job.chained && bare && p.height == 1) {
+    const int64_t room = p.out_columns * kLanes, count = p.width < room ? p.width : room;
+    for (int64_t c = begin; c < end; ++c) {
+      float* out = packed + c * p.plane;
+      copy_row(x + c * p.strides.channel, p.strides.column, out, count);
+      fill_zero(out + count, room - count);
+    }
+    return;
+  }
   const int64_t picture = p.pad_rows * p.phases * p.pad_width, size = p.grid.samples * picture;
   fill_zero(scratch, p.together * size + kLanes);
   for (int64_t c = begin; c < end; c += p.together) {

@@ -1,8 +1,7 @@
 // Plans and runs unstructured convolutions: how outputs are dealt to lanes, tiles, threads.
 #pragma once
 
-#include "conv2d.h"
-#include "unstructured_conv2d.h"
+#include "unstructured_conv2d_input.h"
 
 #ifdef LW_BASE
 #include <algorithm>
@@ -21,92 +20,6 @@ inline int64_t channels_together(const PackPlan& p) {
 }
 
 inline int64_t scratch_floats(const PackPlan& p) { return p.together * picture_floats(p) + kSlack; }
-
-// What is convolved: x[s, c, r, q] at data + the strides; tap t of output (i, j) reads row
-// i * stride + origin + tap_row[t], and its column likewise; offsets of taps are >= 0.
-struct TileInput {
-  const float* data;
-  int64_t samples, channels, height, width;
-  PlaneStrides strides;
-  int64_t origin[2], stride[2];
-  std::vector<int64_t> tap_row, tap_column;
-};
-
-inline PlaneStrides strides_of(const Tensor& t) {
-  return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
-}
-
-// Data of a tensor [B, C, H, W] with any strides; of this shape, if one is given.
-inline const float* check_planes(const char* op, const char* name, const Tensor& t,
-                                 const std::vector<int64_t>& shape) {
-  LW_CHECK(t.is_cpu() && t.dim() == 4 && t.scalar_type() == ScalarType::Float, op, ": expected ", name,
-           " [B, C, H, W] float32 on the CPU, got ", shape_of(t));
-  for (size_t d = 0; d < shape.size(); ++d) {
-    LW_CHECK(t.size(int64_t(d)) == shape[d], op, ": expected ", name, " [", shape[0], ", ", shape[1], ", ",
-             shape[2], ", ", shape[3], "], got ", shape_of(t));
-  }
-  return static_cast<const float*>(t.const_data_ptr());
-}
-
-// Input of forward: taps at their offsets from a corner that lies outside by the padding.
-inline TileInput forward_input(const ConvSizes& s, const float* x, const PlaneStrides& strides) {
-  TileInput input{x, s.B, s.C, s.H, s.W, strides, {}, {}, {}, {}};
-  for (int d = 0; d < 2; ++d) input.origin[d] = -s.padding[d], input.stride[d] = s.stride[d];
-  for (int64_t i = 0; i < s.kernel[0]; ++i) {
-    for (int64_t j = 0; j < s.kernel[1]; ++j) {
-      input.tap_row.push_back(i * s.dilation[0]);
-      input.tap_column.push_back(j * s.dilation[1]);
-    }
-  }
-  return input;
-}
-
-// Threads worth waking for so many multiply-adds.
-inline int64_t threads_for_work(double work) {
-  return work < 5e5 ? 1 : int64_t(torch::stable::get_num_threads());
-}
-
-// The weight's tiles, guarded: offsets rise, and wide indices stay in their tile. Narrow ones cannot
-// leave the room that every index of 8 bits has (TileConv), so that no look at each is needed.
-inline SparseTiles check_tiles(const char* op, const float* values, int64_t kept, const Tensor& columns,
-                               const Tensor& segments, const Tensor& offsets,
-                               const std::vector<int64_t>& shape, const std::vector<int64_t>& tile) {
-  LW_CHECK(shape.size() == 4 && *std::min_element(shape.begin(), shape.end()) >= 0, op, ": bad shape");
-  LW_CHECK(tile.size() == 2 && tile[0] >= 1 && tile[0] <= kMostRows && tile[1] >= 1, op, ": bad tile");
-  SparseTiles w{};
-  const int64_t span = tile[1] * shape[2] * shape[3];
-  w.wide = span > 256;
-  const ScalarType type = w.wide ? ScalarType::Short : ScalarType::Byte;
-  w.values = values;
-  w.columns = w.wide ? static_cast<const void*>(checked_data<int16_t>(op, "columns", columns, 1, type))
-                     : checked_data<uint8_t>(op, "columns", columns, 1, type);
-  w.segments = w.wide ? static_cast<const void*>(checked_data<int16_t>(op, "segments", segments, 2, type))
-                      : checked_data<uint8_t>(op, "segments", segments, 2, type);
-  w.offsets = checked_data<int32_t>(op, "offsets", offsets, 2, ScalarType::Int);
-  w.rows = tile[0], w.channels = tile[1];
-  w.blocks = (shape[0] + tile[0] - 1) / tile[0];
-  w.parts = (shape[1] + tile[1] - 1) / tile[1];
-  const int64_t groups = w.blocks * w.parts;
-  LW_CHECK(columns.numel() == kept, op, ": expected ", columns.numel(), " values, got ", kept);
-  LW_CHECK(segments.size(1) == 2 && offsets.size(1) == 2, op, ": segments and offsets must have two columns");
-  LW_CHECK(offsets.size(0) == groups + 1, op, ": expected ", groups + 1, " offsets, got ", offsets.size(0));
-  bool ordered = w.offsets[0] == 0 && w.offsets[1] == 0 && w.offsets[2 * groups] == kept &&
-                 w.offsets[2 * groups + 1] == segments.size(0);
-  for (int64_t i = 0; i < 2 * groups; ++i) ordered &= w.offsets[i] <= w.offsets[i + 2];
-  LW_CHECK(ordered, op, ": offsets must rise from 0 to ", kept, " and ", segments.size(0));
-  if (!w.wide) return w;
-  bool inside = true;
-  for (int64_t i = 0; i < kept; ++i) {
-    const int16_t column = static_cast<const int16_t*>(w.columns)[i];
-    inside &= column >= 0 && column < span;
-  }
-  for (int64_t i = 0; i < segments.size(0); ++i) {
-    const int16_t* segment = static_cast<const int16_t*>(w.segments) + 2 * i;
-    inside &= segment[0] >= 0 && segment[0] < w.rows && segment[1] >= 0;
-  }
-  LW_CHECK(inside, op, ": columns or segments leave their tile");
-  return w;
-}
 
 // Which remainders of the taps' columns by the stride occur, rising.
 inline std::vector<int64_t> column_phases(const std::vector<int64_t>& taps, int64_t stride) {
@@ -143,6 +56,7 @@ class TileConv {
     job_.bias = bias;
     job_.relu = relu;
     kept_ = weight.offsets[2 * weight.blocks * weight.parts];
+    if (!exact) flatten();
     phases_ = column_phases(input_.tap_column, input_.stride[1]);
     reach_[0] = largest(input_.tap_row);
     reach_[1] = largest(input_.tap_column) / input_.stride[1];
@@ -182,6 +96,18 @@ class TileConv {
   }
 
  private:
+  // Rows of a pointwise convolution follow each other: one long row leaves no lanes empty.
+  void flatten() {
+    TileInput& in = input_;
+    OutPlan& out = job_.out;
+    const bool pointwise = in.tap_row.size() == 1 && in.stride[0] == 1 && in.stride[1] == 1 &&
+                           in.origin[0] == 0 && in.origin[1] == 0;
+    if (!pointwise || in.height != out.height || in.width != out.width) return;
+    if (in.strides.row != in.width * in.strides.column || out.strides.row != out.width * out.strides.column) return;
+    in.width = out.width = in.width * in.height;
+    in.height = out.height = 1;
+  }
+
   // Fills in the pack plan for a grid; returns its cost in multiply-adds of a vector.
   double plan_grid(LaneGrid grid, PackPlan& p) const {
     const int64_t per_row = input_.stride[1];
@@ -196,14 +122,21 @@ class TileConv {
     p.pad_width = grid.columns * p.out_columns + reach_[1];
     const int64_t vectors = p.rows * p.phases * p.phase_width + (4 - p.phase_width % 4) % 4;
     p.plane = vectors * lanes_;
-    const bool direct = grid.samples == lanes_ && input_.strides.sample == 1;
     const double outputs = double(p.out_rows * p.out_columns);
     const double repeats = double((job_.samples + grid.samples - 1) / grid.samples);
     // A short tile spends more on broadcasts; planes beyond the second-level cache stream slowly.
     double compute = outputs * double(kept_) * (1.0 + 1.2 / std::min(outputs, double(kTileOutputs)));
     if (input_.channels * p.plane * 4 > (1 << 20)) compute *= 1.25;
-    const double move = p.interleaved || direct ? 2 : 6;
-    return repeats * (compute + move * (double(vectors * input_.channels) + outputs * double(job_.filters)));
+    const double in = price(p, input_.strides) * double(vectors * input_.channels);
+    const double out = price(p, job_.out.strides) * outputs * double(job_.filters);
+    return repeats * (compute + in + out);
+  }
+
+  // Multiply-adds that dealing a vector takes, to or from memory with these strides.
+  double price(const PackPlan& p, const PlaneStrides& strides) const {
+    if (p.grid.samples == lanes_ && strides.sample == 1) return 2;
+    if (strides.column != 1) return 24;
+    return p.interleaved ? 2 : 6;
   }
 
   void pick_grid() {
@@ -253,7 +186,13 @@ class TileConv {
 
   // Units of work of one round: tiles x blocks, and what all before each cost.
   void plan_units() {
-    split_evenly(job_.pack.out_columns, kMostTileColumns, [&](int64_t column, int64_t columns) {
+    if (job_.pack.interleaved && job_.pack.rows == 1) {
+      job_.chained = true;
+      job_.row_step = lanes_;
+      split_evenly(job_.pack.out_columns, kTileOutputs, [&](int64_t column, int64_t columns) {
+        tiles_.push_back({0, int32_t(column), int32_t(columns), 1});
+      });
+    } else split_evenly(job_.pack.out_columns, kMostTileColumns, [&](int64_t column, int64_t columns) {
       split_evenly(job_.pack.out_rows, kTileOutputs / columns, [&](int64_t row, int64_t rows) {
         tiles_.push_back({int32_t(row), int32_t(column), int32_t(rows), int32_t(columns)});
       });

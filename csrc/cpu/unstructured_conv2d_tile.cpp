@@ -65,12 +65,32 @@ LW_INLINE void add_segments(const Segment (&s)[kSegments], const Entries<Index>&
   }
 }
 
+// A single vector of sums: entries of one segment take turns with four sums of it.
+template <class Index>
+LW_INLINE void add_alone(const Segment& s, const Entries<Index>& e) {
+  Vec sum[4] = {load(s.sums), zero(), zero(), zero()};
+  int64_t at = s.first;
+  const int64_t end = s.first + s.count;
+#pragma GCC unroll 1
+  for (; at + 4 <= end; at += 4) {
+    Index column[4];
+    __builtin_memcpy(column, e.columns + at, sizeof column);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sum[i] = fma(broadcast(e.values[at + i]), load(e.x + e.table[column[i]]), sum[i]);
+  }
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) {
+    if (at + i < end) sum[i] = fma(broadcast(e.values[at + i]), load(e.x + e.table[e.columns[at + i]]), sum[i]);
+  }
+  store(s.sums, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
 // All segments of a group. However wrong the index is, no memory outside is touched: counts are
 // bounded here, and the table, sums and shifts have room for any row and column.
 template <class Index, int kRows, int kColumns>
 void add_group(const float* x, const TileJob& job, int64_t block, int64_t group, float* sums) {
   constexpr int kSums = kRows * kColumns;
-  constexpr int kSegments = kSums <= 2 ? 4 : kSums <= 4 ? 2 : 1;
+  constexpr int kSegments = kSums == 1 ? 1 : kSums == 2 ? 4 : kSums <= 4 ? 2 : 1;
   const int32_t *from = job.weight.offsets + 2 * group, *to = from + 2;
   Entries<Index> entries{job.weight.values + from[0],
                          static_cast<const Index*>(job.weight.columns) + from[0], job.table, x,
@@ -87,7 +107,7 @@ void add_group(const float* x, const TileJob& job, int64_t block, int64_t group,
     segment += 2;
     return s;
   };
-  while (!job.shift && segment + 2 * kSegments <= end) {
+  while (kSegments > 1 && !job.shift && segment + 2 * kSegments <= end) {
     Segment s[kSegments];
 #pragma GCC unroll 8
     for (int i = 0; i < kSegments; ++i) s[i] = next();
@@ -96,7 +116,8 @@ void add_group(const float* x, const TileJob& job, int64_t block, int64_t group,
   while (segment < end) {
     if (job.shift) entries.x = x + job.shift[block * job.weight.rows + segment[0]];
     const Segment s[1] = {next()};
-    add_segments<Index, kRows, kColumns>(s, entries);
+    if constexpr (kSums == 1) add_alone<Index>(s[0], entries);
+    else add_segments<Index, kRows, kColumns>(s, entries);
   }
 }
 
@@ -105,7 +126,9 @@ LW_INLINE auto pick_rows(int rows) {
   constexpr int kMost = kTileOutputs / kColumns;
   auto run = add_group<Index, 1, kColumns>;
   if constexpr (kMost >= 2) run = rows == 2 ? add_group<Index, 2, kColumns> : run;
-  if constexpr (kMost >= 4) run = rows == 3 ? add_group<Index, 3, kColumns> : rows == 4 ? add_group<Index, 4, kColumns> : run;
+  if constexpr (kMost >= 4) {
+    run = rows == 3 ? add_group<Index, 3, kColumns> : rows == 4 ? add_group<Index, 4, kColumns> : run;
+  }
   if constexpr (kMost >= 8) {
     run = rows == 5 ? add_group<Index, 5, kColumns> : rows == 6 ? add_group<Index, 6, kColumns> : run;
     run = rows == 7 ? add_group<Index, 7, kColumns> : rows == 8 ? add_group<Index, 8, kColumns> : run;
@@ -158,16 +181,15 @@ LW_INLINE bool place_lanes(const TileJob& job, const OutTile& tile, int64_t samp
 // Lanes hold neighbours of a row.
 LW_INLINE void put_neighbours(const TileJob& job, const OutTile& tile, const float* sums, float* y) {
   const PlaneStrides& to = job.out.strides;
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    for (int64_t c = 0; c < tile.columns; ++c, sums += kLanes) {
-      const int64_t column = (tile.column + c) * kLanes;
-      const int64_t count = inside(job.out.width, column, kLanes);
-      float* out = y + (tile.row + r) * to.row + column * to.column;
-      if (to.column == 1) {
-        store_first(out, load(sums), int(count));
-      } else {
-        for (int64_t i = 0; i < count; ++i) out[i * to.column] = sums[i];
-      }
+  for (int64_t i = 0; i < int64_t(tile.rows) * tile.columns; ++i, sums += kLanes) {
+    const int64_t row = job.chained ? 0 : tile.row + i / tile.columns;
+    const int64_t column = (tile.column + (job.chained ? i : i % tile.columns)) * kLanes;
+    const int64_t count = inside(job.out.width, column, kLanes);
+    float* out = y + row * to.row + column * to.column;
+    if (to.column == 1) {
+      store_first(out, load(sums), int(count));
+    } else {
+      for (int64_t l = 0; l < count; ++l) out[l * to.column] = sums[l];
     }
   }
 }
