@@ -9,6 +9,12 @@ from shapes import CONV, pruned_conv
 
 import liveweight as lw
 
+LAYERS = CONV | {
+    "vgg.conv4": (128, 128, 3, 16, 1, 1),
+    "vgg.conv11": (512, 512, 3, 4, 1, 1),
+    "resnet50.1x1": (256, 256, 1, 14, 1, 0),
+}
+
 
 def dense(x, weight, stride, padding):
     return lambda: F.conv2d(x, weight, None, stride, padding)
@@ -17,6 +23,13 @@ def dense(x, weight, stride, padding):
 def dense_channels_last(x, weight, stride, padding):
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
     return lambda: F.conv2d(x, weight, None, stride, padding)
+
+
+def dense_prepacked(x, weight, stride, padding):
+    how = ([padding] * 2, [stride] * 2, [1, 1], 1)
+    packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *how, list(x.shape))
+    run = torch.ops.mkldnn._convolution_pointwise
+    return lambda: run(x, packed, None, *how, "none", [], "")
 
 
 def im2col_csr(x, weight, stride, padding):
@@ -36,15 +49,28 @@ def liveweight(x, weight, stride, padding):
     return lambda: lw.ops.kernelwise_conv2d(x, packed, stride=stride, padding=padding)
 
 
-CALLS = (dense, dense_channels_last, im2col_csr, liveweight)
+def liveweight_batch_last(x, weight, stride, padding):
+    packed = lw.formats.Kernelwise.from_dense(weight)
+    x = x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    return lambda: lw.ops.kernelwise_conv2d(x, packed, stride=stride, padding=padding)
+
+
+CALLS = (
+    dense,
+    dense_channels_last,
+    dense_prepacked,
+    im2col_csr,
+    liveweight,
+    liveweight_batch_last,
+)
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("sparsity", [0.7, 0.9, 0.95])
 @pytest.mark.parametrize("batch", [1, 32])
-@pytest.mark.parametrize("layer", CONV)
+@pytest.mark.parametrize("layer", LAYERS)
 def test_kernelwise_conv2d(measure, layer, batch, sparsity, call):
-    inp, out, kernel, side, stride, padding = CONV[layer]
+    inp, out, kernel, side, stride, padding = LAYERS[layer]
     weight, x = pruned_conv(out, inp, kernel, sparsity), torch.randn(batch, inp, side, side)
     expected = F.conv2d(x, weight, None, stride, padding)
     group = f"{layer} batch {batch} kernels removed {sparsity}"

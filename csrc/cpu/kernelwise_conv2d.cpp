@@ -7,6 +7,7 @@ namespace liveweight {
 namespace {
 
 void run(const KernelwiseConv& conv) {
+  if (prefer_pointwise(conv)) return run_pointwise(conv);
   const int64_t side_by_side = lanes_samples(conv.sizes, cpu_lanes());
   if (side_by_side > 0) run_lanes(conv, 0, side_by_side);
   if (side_by_side < conv.sizes.B) run_planes(conv, side_by_side, conv.sizes.B);

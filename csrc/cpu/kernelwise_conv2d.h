@@ -39,6 +39,10 @@ struct KernelwiseConv {
 // Samples [begin, end) by each path.
 void run_planes(const KernelwiseConv& conv, int64_t begin, int64_t end);
 void run_lanes(const KernelwiseConv& conv, int64_t begin, int64_t end);
+void run_pointwise(const KernelwiseConv& conv);  // all samples
+
+// Whether run_pointwise knows the kernel, the layouts and what follows.
+bool prefer_pointwise(const KernelwiseConv& conv);
 
 // How many of the samples, from the first, run_lanes should take; `lanes` of a vector.
 int64_t lanes_samples(const ConvSizes& s, int64_t lanes);

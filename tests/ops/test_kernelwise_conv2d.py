@@ -68,6 +68,8 @@ CASES = {
     "lenet 2": Case(20, 9, (5, 5), (12, 12), padding=(0, 0)),
     "no padding": Case(padding=(0, 0)),
     "1x1": Case(kernel=(1, 1), padding=(0, 0), size=(14, 14)),
+    "1x1 on many pixels": Case(7, 9, (1, 1), (13, 29), padding=(0, 0), groups=1, batch=2),
+    "1x1 in groups": Case(6, 4, (1, 1), (3, 7), padding=(0, 0), groups=2, batch=18),
     "1x1 padded": Case(kernel=(1, 1), padding=(2, 1)),
     "1x1 stride 2": Case(kernel=(1, 1), padding=(0, 0), stride=(2, 2)),
     "stride 2": Case(stride=(2, 2)),
