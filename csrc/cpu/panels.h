@@ -47,6 +47,27 @@ LW_INLINE void fill_panel(const float* x, int64_t K, int count, int width, int64
   }
 }
 
+// Rows of a panel to columns: out[m * step + r] = panel[r * width + m] for the samples m.
+LW_INLINE void empty_panel(const float* panel, int width, int samples, int rows, float* out, int64_t step) {
+  int m = 0;
+  for (; m + 4 <= samples; m += 4) {
+    float* to = out + m * step;
+    int r = 0;
+    for (; r + 4 <= rows; r += 4) {
+      Lanes<4> v[4];
+      for (int i = 0; i < 4; ++i) v[i] = load_lanes<4>(panel + (r + i) * width + m);
+      transpose4(v);
+      for (int i = 0; i < 4; ++i) store_lanes<4>(to + i * step + r, v[i]);
+    }
+    for (; r < rows; ++r) {
+      for (int i = 0; i < 4; ++i) to[i * step + r] = panel[r * width + m + i];
+    }
+  }
+  for (; m < samples; ++m) {
+    for (int r = 0; r < rows; ++r) out[m * step + r] = panel[r * width + m];
+  }
+}
+
 }  // namespace liveweight::LW_ISA
 
 #ifdef LW_BASE

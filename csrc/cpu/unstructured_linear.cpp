@@ -24,9 +24,9 @@ struct RowsOut {
 LW_DECLARE(void linear_fill(const float* x, int64_t row, int64_t column, int64_t K, Panel panel,
                             int64_t begin, int64_t end, float* out))
 LW_DECLARE(void linear_block(const float* panel, int width, const Tiles& w, int64_t block, float* sums))
-LW_DECLARE(void linear_finish(const float* sums, int samples, int width, int rows, const RowsOut& out))
+LW_DECLARE(void linear_finish(float* sums, int samples, int width, int rows, const RowsOut& out))
 LW_DECLARE(void linear_gather(const float* x, int64_t step, int samples, const Tiles& w, int64_t block,
-                              float* sums))
+                              float* lanes, float* sums))
 
 namespace liveweight::LW_ISA {
 
@@ -71,7 +71,7 @@ LW_INLINE void add_segment(const float* panel, const float* values, const typena
                            int count, float* sums) {
   constexpr int kStep = kWidth < kLanes ? kWidth : kLanes;
   constexpr int kParts = kWidth / kStep;
-  constexpr int kChains = kParts >= 4 ? 1 : kParts == 2 ? 2 : 4;  // more sums hide the FMA's latency
+  constexpr int kChains = kParts >= 4 ? 1 : 4;  // more sums hide the FMA's latency
   Lanes<kStep> acc[kChains][kParts];
 #pragma GCC unroll 16
   for (int part = 0; part < kParts; ++part) acc[0][part] = load_lanes<kStep>(sums + part * kStep);
@@ -107,6 +107,15 @@ LW_INLINE void add_segment(const float* panel, const float* values, const typena
   }
 }
 
+// Weights of a large layer come from memory once per call: fetched this many entries ahead.
+constexpr int kAhead = 1024;
+
+template <class Index>
+LW_INLINE void prefetch_entries(const float* values, const Index* places, int count) {
+  __builtin_prefetch(places + kAhead, 0, 2);
+  for (int i = 0; i < count; i += 16) __builtin_prefetch(values + kAhead + i, 0, 2);
+}
+
 template <int kWidth, class Eight>
 void block_of_tiles(const float* panel, const Tiles& w, int64_t block, float* sums) {
   typedef typename Eight::Index Index;
@@ -119,6 +128,7 @@ void block_of_tiles(const float* panel, const Tiles& w, int64_t block, float* su
     const Index* stop = static_cast<const Index*>(w.segments) + 2 * int64_t(at[3]);
     for (; segment < stop; segment += 2) {
       const int count = int(segment[1]) + 1;
+      prefetch_entries(values, places, count);
       add_segment<kWidth, Eight>(panel, values, places, count, sums + int64_t(segment[0]) * kWidth);
       values += count;
       places += count;
@@ -138,43 +148,44 @@ void linear_block(const float* panel, int width, const Tiles& w, int64_t block, 
 #undef LW_RUN
 }
 
+// sums [rows, width] (+)= bias, then the activation, in place.
+LW_INLINE void activate_sums(float* sums, int width, int rows, const RowsOut& out) {
+  for (int r = 0; r < rows; ++r) {
+    float* row = sums + r * width;
+    const float shift = out.bias ? out.bias[r] : 0.0f;
+    int m = 0;
+    if (out.activation <= kRelu) {
+      const float low = out.activation == kRelu ? 0.0f : -__builtin_inff();
+      for (; m + 4 <= width; m += 4) {
+        const Lanes<4> v = load_lanes<4>(row + m) + shift;
+        store_lanes<4>(row + m, v < low ? Lanes<4>{} + low : v);
+      }
+    }
+    for (; m + kLanes <= width; m += kLanes) {
+      store(row + m, activate(load(row + m) + broadcast(shift), out.activation));
+    }
+    for (; m < width; ++m) row[m] = activate(row[m] + shift, out.activation);
+  }
+}
+
 // sums [rows, width] to act(sums + bias), transposed where samples come first in y.
-void linear_finish(const float* sums, int samples, int width, int rows, const RowsOut& out) {
+void linear_finish(float* sums, int samples, int width, int rows, const RowsOut& out) {
+  if (out.bias || out.activation != kNone) activate_sums(sums, width, rows, out);
   if (out.sample_step == 1) {
     for (int r = 0; r < rows; ++r) {
-      const Vec shift = broadcast(out.bias ? out.bias[r] : 0.0f);
       float* y = out.y + r * out.row_step;
       int m = 0;
-      for (; m + kLanes <= samples; m += kLanes) {
-        store(y + m, activate(load(sums + r * width + m) + shift, out.activation));
-      }
-      if (m < samples) {
-        const int left = samples - m;
-        const Vec v = activate(load_first(sums + r * width + m, left) + shift, out.activation);
-        store_first(y + m, v, left);
-      }
+      for (; m + kLanes <= samples; m += kLanes) store(y + m, load(sums + r * width + m));
+      if (m < samples) store_first(y + m, load_first(sums + r * width + m, samples - m), samples - m);
     }
-    return;
-  }
-  for (int m = 0; m < samples; m += 4) {
-    const int some_samples = samples - m < 4 ? samples - m : 4;
-    for (int r = 0; r < rows; r += 4) {
-      const int some = rows - r < 4 ? rows - r : 4;
-      Lanes<4> v[4] = {}, shift = {};
-      for (int i = 0; i < some; ++i) v[i] = load_lanes<4>(sums + (r + i) * width + m);
-      if (out.bias) __builtin_memcpy(&shift, out.bias + r, size_t(some) * sizeof(float));
-      transpose4(v);
-      for (int i = 0; i < some_samples; ++i) {
-        v[i] = activate_lanes(v[i] + shift, out.activation);
-        __builtin_memcpy(out.y + (m + i) * out.sample_step + r, &v[i], size_t(some) * sizeof(float));
-      }
-    }
+  } else {
+    empty_panel(sums, width, samples, rows, out.y, out.sample_step);
   }
 }
 
 template <int kSamples, class Index>
-void gather_block(const float* x, int64_t step, const Tiles& w, int64_t block, float* sums) {
-  for (int64_t i = 0; i < w.rows * kSamples; ++i) sums[i] = 0.0f;
+void gather_block(const float* x, int64_t step, const Tiles& w, int64_t block, float* lanes, float* sums) {
+  for (int64_t i = 0; i < w.rows * kSamples; ++i) store(lanes + i * kLanes, zero());
   const int32_t* at = w.offsets + 2 * block * w.along;
   const float* values = w.values + at[0];
   const Index* places = static_cast<const Index*>(w.places) + at[0];
@@ -183,8 +194,10 @@ void gather_block(const float* x, int64_t step, const Tiles& w, int64_t block, f
     const Index* stop = static_cast<const Index*>(w.segments) + 2 * int64_t(at[3]);
     for (; segment < stop; segment += 2) {
       const int count = int(segment[1]) + 1;
+      float* to = lanes + int64_t(segment[0]) * kSamples * kLanes;
       Vec sum[kSamples];
-      for (int m = 0; m < kSamples; ++m) sum[m] = zero();
+      for (int m = 0; m < kSamples; ++m) sum[m] = load(to + m * kLanes);
+      prefetch_entries(values, places, count);
       int i = 0;
       for (; i + kLanes <= count; i += kLanes) {
         const Vec value = load(values + i);
@@ -196,19 +209,21 @@ void gather_block(const float* x, int64_t step, const Tiles& w, int64_t block, f
           sum[m] = fma(value, gather(x + m * step, places + i, count - i), sum[m]);
         }
       }
-      float* to = sums + int64_t(segment[0]) * kSamples;
-      for (int m = 0; m < kSamples; ++m) to[m] += reduce_add(sum[m]);
+      for (int m = 0; m < kSamples; ++m) store(to + m * kLanes, sum[m]);
       values += count;
       places += count;
     }
   }
+  for (int64_t i = 0; i < w.rows * kSamples; ++i) sums[i] = reduce_add(load(lanes + i * kLanes));
 }
 
-// sums [rows of a tile, samples] of one block, for one to four samples of x, `step` apart.
-void linear_gather(const float* x, int64_t step, int samples, const Tiles& w, int64_t block, float* sums) {
+// sums [rows of a tile, samples] of one block, for one to four samples of x, `step` apart; lanes is
+// scratch of 16 times their size.
+void linear_gather(const float* x, int64_t step, int samples, const Tiles& w, int64_t block, float* lanes,
+                   float* sums) {
 #define LW_RUN(kSamples)                                                   \
-  (w.wide ? gather_block<kSamples, uint16_t>(x, step, w, block, sums)     \
-          : gather_block<kSamples, uint8_t>(x, step, w, block, sums))
+  (w.wide ? gather_block<kSamples, uint16_t>(x, step, w, block, lanes, sums)     \
+          : gather_block<kSamples, uint8_t>(x, step, w, block, lanes, sums))
   if (samples == 1) LW_RUN(1);
   else if (samples == 2) LW_RUN(2);
   else if (samples == 3) LW_RUN(3);
@@ -236,7 +251,7 @@ struct Linear {
 
   int64_t padded() const { return w.along * w.columns; }
 
-  void finish(const float* sums, int64_t block, int64_t first, int samples, int width) const {
+  void finish(float* sums, int64_t block, int64_t first, int samples, int width) const {
     const int64_t row = block * w.rows;
     const RowsOut out{bias ? bias + row : nullptr, y + first * y_row + row * y_column, y_row, y_column,
                       activation};
@@ -300,9 +315,9 @@ struct Linear {
     const float* from = copy ? rows.data() : x;
     const int64_t step = copy ? padded() : x_row;
     parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
-      Workspace<float> sums(w.rows * kGathered);
+      Workspace<float> lanes(w.rows * M * 16), sums(w.rows * M);
       for (int64_t b = share_blocks(w, begin, threads); b < share_blocks(w, end, threads); ++b) {
-        LW_SELECT(linear_gather)(from, step, int(M), w, b, sums.data());
+        LW_SELECT(linear_gather)(from, step, int(M), w, b, lanes.data(), sums.data());
         finish(sums.data(), b, 0, int(M), int(M));
       }
     });
