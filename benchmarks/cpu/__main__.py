@@ -97,7 +97,7 @@ def cores_in_use(seconds: float = 0.3) -> float:
 def run_table(table: tables.Table, options, stamp: dict) -> dict:
     """Measure a table; what fails ends this table alone, with the reason in its result."""
     peaks = measure_peaks()
-    seconds = table.seconds or 0.6
+    seconds = table.seconds or 0.5
     settings = Settings(options.quick, seconds * options.effort, peaks=peaks)
     result: dict = {"machine": stamp, "quick": options.quick, "effort": options.effort}
     result |= {"threads": table.threads, "peak_gflops": peaks, "rows": [], "problems": []}

@@ -32,7 +32,7 @@ class Settings:
     """How much is measured: fewer cells if quick, and seconds per cell, all calls together."""
 
     quick: bool = False
-    seconds: float = 0.6
+    seconds: float = 0.5
     longest: float = 0.15  # seconds: a slower call is timed twice, in the warm-up alone
     min_rounds: int = 5
     max_rounds: int = 60
