@@ -108,12 +108,20 @@ def _bytes(name: str, shape: str, packed) -> dict:
 
 
 def training(settings: Settings) -> Iterator[dict]:
-    """A step of SGD under a fixed mask, as benchmarks/training_step.py measures it."""
+    """A step of AdamW under a fixed mask, as benchmarks/training_step.py measures it."""
     try:
         module = importlib.import_module("training_step")
     except ImportError as error:
         raise Absent(f"benchmarks/training_step.py cannot be imported: {error}") from error
-    yield from module.rows(settings)
+    wide, narrow = "4096-4096-4096-10", "784-1024-10"
+    for net in settings.pick((wide, narrow), (narrow,)):
+        for sparsity in settings.pick((0.9, 0.95), (0.9,)):
+            dense, sparse, ratio = module.compare(net, 128, sparsity, 7 if settings.quick else 11)
+            yield {
+                "net": net, "batch": 128, "sparsity": sparsity, "threads": 1,
+                "us": {OURS: 1e6 * sparse, "dense and mask": 1e6 * dense},
+                "ratios": {"dense and mask": ratio}, "torch": ratio,
+            }  # fmt: skip
 
 
 def removal(settings: Settings) -> Iterator[dict]:

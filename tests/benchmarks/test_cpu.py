@@ -143,7 +143,7 @@ def test_every_target_reads_rows_that_the_suite_measures(load, monkeypatch, timi
     tables = every_row(load, monkeypatch, timing.Settings())
     tables["dlmc"] = [{"sparsity": s, "torch": 1.0, "dense": 1.0, "sparse": 1.0}
                       for s in (0.8, 0.9, 0.95)]  # fmt: skip
-    tables["training"] = [{"torch": 3.0}]
+    tables["training"] = [{"torch": 3.0, "net": "4096-4096-4096-10", "sparsity": 0.9}]
     tables["memory"] = [{"limit": 0.63, "bytes": 0.6, "format": "unstructured"}]
     run = load("run")
     tables["peers"] = [{**labels, "deepsparse": 1.0} for labels, _ in run.cases(quick=False)]
