@@ -93,6 +93,28 @@ def test_unstructured_linear(data):
         check_backward(got, wanted, leaves, dense, packed.coordinates(), max(M, N, K))
 
 
+@fuzz(60)
+@given(st.data())
+def test_block_linear(data):
+    draw = data.draw
+    block = draw(st.sampled_from([(16, 1), (8, 8), (16, 16), (32, 32)]))
+    M, rows, columns = draw(batches), draw(st.integers(1, 8)), draw(st.integers(1, 8))
+    torch.manual_seed(draw(seeds))
+    kept = torch.rand(rows, columns) < draw(densities)
+    mask = kept.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    weight = torch.randn(mask.shape) * mask
+    packed = formats.Block.from_dense(weight, block=block)
+    x = linear_input(draw, M, mask.shape[1], torch.float32).requires_grad_()
+    bias = torch.randn(mask.shape[0]) if draw(st.booleans()) else None
+    activation = draw(linear_activations)
+    got = ops.block_linear(x, packed, bias, activation=activation)
+    exact = x.detach().double().requires_grad_()
+    wanted = F.linear(exact, weight.double(), None if bias is None else bias.double())
+    wanted = apply_activation(wanted, activation_code(activation))
+    assert_close(got, wanted, mask.shape[1])
+    check_backward(got, wanted, [x], [exact], None, max(mask.shape))
+
+
 def conv_case(draw):
     """Return (x, weight shape, keyword arguments of a convolution) of sizes that fit together."""
     groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
