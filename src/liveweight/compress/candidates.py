@@ -65,8 +65,8 @@ def check_formats(formats: str | Iterable[str]) -> tuple[str, ...]:
 
     Raises ValueError for unknown names or none at all.
     """
-    if formats == "auto":
-        return ("dense", *swap.format_names())
+    if formats == "auto":  # n:m runs the kernel of single weights: no candidate of its own
+        return ("dense", *(name for name in swap.format_names() if name != "nm"))
     if isinstance(formats, str):
         formats = [formats]
     if not isinstance(formats, (list, tuple, set, frozenset)):

@@ -182,7 +182,10 @@ class Rebuild:
         else:
             keep = self.tensors.get(f"{name}.kernels", self.masks.get(f"{name}.weight"))
             keep = keep.to(dense.weight.device) if keep is not None else None
+            if form == "block":
+                options["block"] = tuple(entry["block"])
             new = swap.make_sparse(dense, form, pool=entry.get("pool", 1), keep=keep, **options)
+            new.batch_last = entry.get("batch_last", False)
         if entry.get("layout") is not None:
             new.layout = entry["layout"]
         return new

@@ -51,6 +51,13 @@ def _joined_entry(name: str, module: nn.Module) -> dict:
     if isinstance(module, ByBatch):
         entry["choices"] = [forms.format_of(choice) for choice in module.choices]
         entry["limits"] = list(module.limits)
+    blocks = [
+        m for m in (module, *getattr(module, "choices", ())) if getattr(m, "format", "") == "block"
+    ]
+    if blocks:
+        entry["block"] = list(blocks[0].pack().block)
+    if getattr(module, "batch_last", False):
+        entry["batch_last"] = True
     if kind is nn.Conv2d:
         entry["pool"] = getattr(module, "pool", 1)
         entry["layout"] = getattr(module, "layout", None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from liveweight import nn as sparse_nn
-from liveweight.formats import Unstructured
+from liveweight.formats import Kernelwise
 
 _SPARSE: dict[type, type] = {nn.Linear: sparse_nn.SparseLinear, nn.Conv2d: sparse_nn.SparseConv2d}
 
@@ -47,20 +47,26 @@ def make_sparse(
     pool: int = 1,
     parts: tuple[str, ...] = (),
     keep: Tensor | None = None,
+    layout: str | None = None,
+    block: tuple[int, int] | None = None,
 ) -> nn.Module:
     """Return the sparse module of a Linear or Conv2d; zeros of its weight are the pattern.
 
     parts  names of the modules it stands for
     keep   bool, entries or whole kernels that stay in the pattern although they are zero
+    layout  of a convolution's output; None: like its input
+    block   (rows, columns) for the format "block"; None: what stores the fewest zeros
 
     Raises what its from_dense raises.
     """
     if isinstance(dense, nn.Linear):
-        module = sparse_nn.SparseLinear.from_dense(dense, name, activation=activation, mask=keep)
+        options = {"activation": activation, "mask": keep, "block": block}
+        module = sparse_nn.SparseLinear.from_dense(dense, name, **options)
     else:
         module = sparse_nn.SparseConv2d.from_dense(
             dense, name, activation=activation, pool=pool, mask=keep
         )
+        module.layout = layout
     module.parts = tuple(parts)
     module.values.requires_grad_(dense.weight.requires_grad)
     if module.bias is not None:
@@ -94,7 +100,7 @@ def dense_weight(module: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
     sparse = module.pack()
     weight = sparse.to_dense()
     ones = dataclasses.replace(sparse, values=torch.ones_like(sparse.values)).to_dense()
-    if isinstance(sparse, Unstructured):
+    if not isinstance(sparse, Kernelwise):
         return weight, ones != 0, None
     kernels = ones.flatten(2).ne(0).any(2)
     entries = weight.ne(0)

@@ -2,7 +2,8 @@
 
 from liveweight.formats.block import Block
 from liveweight.formats.kernelwise import Kernelwise
+from liveweight.formats.nm import NM
 from liveweight.formats.unstructured import Unstructured
 from liveweight.formats.unstructured_kernels import UnstructuredKernels
 
-__all__ = ["Block", "Kernelwise", "Unstructured", "UnstructuredKernels"]
+__all__ = ["NM", "Block", "Kernelwise", "Unstructured", "UnstructuredKernels"]

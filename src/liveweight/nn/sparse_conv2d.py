@@ -6,13 +6,16 @@ from types import MappingProxyType
 
 from torch import Tensor, nn
 
-from liveweight.formats import Kernelwise
+from liveweight.formats import Kernelwise, UnstructuredKernels
 from liveweight.nn.sparse_module import SparseModule, find_format, read_dense
 from liveweight.ops.kernelwise_conv2d import apply_kernelwise, check_pool, make_pair
+from liveweight.ops.layout import layout_code
+from liveweight.ops.unstructured_conv2d import apply_unstructured_conv
 from liveweight.ops.unstructured_linear import check_activation
 
 Pair = tuple[int, int]
-_DEFAULT = "kernelwise"
+# Kernels of which so many entries are not zero are stored whole.
+_KERNELS_FIT = 0.7
 
 
 class SparseConv2d(SparseModule):
@@ -21,24 +24,25 @@ class SparseConv2d(SparseModule):
     x        [B, in_channels, H, W] or [in_channels, H, W] float32 (other dtypes: plain PyTorch)
     returns  [B, out_channels, H', W'] or [out_channels, H', W'] like x
 
-    values          Parameter [kept, kh, kw]: the kept kernels, filter after filter
-    filter_offsets  buffer [out_channels + 1] int32
-    channels        buffer [kept] int32, input channel inside the group
+    values          Parameter: the kept kernels or weights, in the order of the format
     bias            Parameter [out_channels] or None
     activation      None or "relu", applied to the output
     pool            p x p max pool of stride p after the activation; 1: none
+    layout          of the output: "contiguous", "channels_last", "batch_last", or None: like x
     parts           names of the modules that this one stands for, where several were joined
 
     Raises ValueError (shapes, sizes, names) and TypeError (types, dtypes).
     """
 
-    formats = MappingProxyType({"kernelwise": Kernelwise})
-    ops = MappingProxyType({"kernelwise": "kernelwise_conv2d"})
+    formats = MappingProxyType({"kernelwise": Kernelwise, "unstructured": UnstructuredKernels})
+    ops = MappingProxyType(
+        {"kernelwise": "kernelwise_conv2d", "unstructured": "unstructured_conv2d"}
+    )
     padding_mode = "zeros"
 
     def __init__(
         self,
-        weight: Kernelwise,
+        weight: Kernelwise | UnstructuredKernels,
         bias: Tensor | None = None,
         *,
         stride: int | Pair = 1,
@@ -47,6 +51,7 @@ class SparseConv2d(SparseModule):
         groups: int = 1,
         activation: str | None = None,
         pool: int = 1,
+        layout: str | None = None,
         parts: tuple[str, ...] = (),
     ) -> None:
         check_activation(activation)
@@ -60,6 +65,8 @@ class SparseConv2d(SparseModule):
         self.dilation = make_pair("dilation", dilation, 1)
         self.groups = groups
         self.pool = check_pool(pool)
+        layout_code("SparseConv2d", layout)
+        self.layout = layout
 
     @classmethod
     def from_dense(
@@ -73,22 +80,26 @@ class SparseConv2d(SparseModule):
     ) -> SparseConv2d:
         """Return a module with the numbers of conv; kernels that are all zero are not stored.
 
-        format  "auto" or "kernelwise"
-        mask    bool [out_channels, in_channels / groups] or like weight: what is stored, zeros
-                included; default: kernels with any non-zero
+        format  "kernelwise" (kernels with any non-zero are stored whole), "unstructured" (single
+                weights), or "auto": "unstructured" where kernels that are kept hold many zeros
+        mask    bool like weight: what is stored, zeros included; for "kernelwise" also
+                [out_channels, in_channels / groups]; default: what is not zero
 
         Masks of torch.nn.utils.prune and mask buffers are applied first. The new module is in the
         mode (training or not) of conv and its tensors are copies.
         """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"SparseConv2d: expected an nn.Conv2d, got {type(conv).__name__}")
-        kind = find_format("SparseConv2d", _DEFAULT if format == "auto" else format, cls.formats)
         if conv.padding_mode != "zeros":
             raise ValueError(
                 f"SparseConv2d: padding_mode must be 'zeros', got {conv.padding_mode!r}"
             )
+        weight = read_dense(conv, "weight")
+        if format == "auto":
+            format = _fitting(weight, mask)
+        kind = find_format("SparseConv2d", format, cls.formats)
         module = cls(
-            kind.from_dense(read_dense(conv, "weight"), mask),
+            kind.from_dense(weight, mask),
             read_dense(conv, "bias"),
             stride=conv.stride,
             padding=_padding_of(conv),
@@ -103,20 +114,16 @@ class SparseConv2d(SparseModule):
         """Return pool(act(conv2d(x, W) + b)) for x [B, C, H, W] or [C, H, W]."""
         # Looked up in their dicts: nn.Module's attribute lookup costs a microsecond each.
         parameters, buffers = self._parameters, self._buffers
-        return apply_kernelwise(
-            x,
-            parameters["values"],
-            buffers["filter_offsets"],
-            buffers["channels"],
-            self.in_channels,
-            parameters["bias"],
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            check_activation(self.activation),
-            self.pool,
-        )
+        values, bias = parameters["values"], parameters["bias"]
+        rest = (self.stride, self.padding, self.dilation, self.groups)
+        rest += (check_activation(self.activation), self.pool)
+        if self.format == "unstructured":
+            index = (buffers["columns"], buffers["segments"], buffers["offsets"])
+            index += (self.weight_shape, self._fixed["tile"])
+            return apply_unstructured_conv(x, values, *index, bias, *rest, self.layout)
+        index = (buffers["filter_offsets"], buffers["channels"], self.in_channels)
+        code = layout_code("SparseConv2d", self.layout)
+        return apply_kernelwise(x, values, *index, bias, *rest, code)
 
     def extra_repr(self) -> str:
         """Sizes, sparsity, format and backend."""
@@ -128,7 +135,18 @@ class SparseConv2d(SparseModule):
             text += f", groups={self.groups}"
         if self.pool != 1:
             text += f", pool={self.pool}"
+        if self.layout is not None:
+            text += f", layout={self.layout}"
         return f"{text}, bias={self.bias is not None}, {self._describe()}"
+
+
+def _fitting(weight: Tensor, mask: Tensor | None) -> str:
+    """Return the format in which little is stored that is zero."""
+    kept = weight != 0 if mask is None else mask
+    if kept.dim() == 2:
+        return "kernelwise"
+    whole = int(kept.flatten(2).any(2).sum()) * kept[0, 0].numel() if kept.numel() else 0
+    return "kernelwise" if int(kept.sum()) >= _KERNELS_FIT * whole else "unstructured"
 
 
 def _padding_of(conv: nn.Conv2d) -> Pair:

@@ -6,12 +6,14 @@ from types import MappingProxyType
 
 from torch import Tensor, nn
 
-from liveweight.formats import Unstructured
+from liveweight.formats import NM, Block, Unstructured
 from liveweight.nn.sparse_module import SparseModule, find_format, read_dense
 from liveweight.ops.activation import activation_code
+from liveweight.ops.block_linear import apply_block
 from liveweight.ops.unstructured_linear import apply_unstructured
 
-_DEFAULT = "unstructured"
+# A weight whose zeros form blocks is stored as blocks if so much of what they keep is not zero.
+_BLOCKS_FIT = 0.9
 
 
 class SparseLinear(SparseModule):
@@ -23,26 +25,34 @@ class SparseLinear(SparseModule):
     values       Parameter: the kept weights, in the order of the format
     bias         Parameter [out_features] or None
     activation   None, "relu", "gelu" or "gelu_tanh", applied to the output
+    batch_last   lay the output out with the samples of a feature side by side; values are the same
     parts        names of the modules that this one stands for, where several were joined
 
     Raises ValueError (shapes, names) and TypeError (types, dtypes).
     """
 
-    formats = MappingProxyType({"unstructured": Unstructured})
-    ops = MappingProxyType({"unstructured": "unstructured_linear"})
+    formats = MappingProxyType({"unstructured": Unstructured, "block": Block, "nm": NM})
+    ops = MappingProxyType(
+        {
+            "unstructured": "unstructured_linear",
+            "block": "block_linear",
+            "nm": "unstructured_linear",
+        }
+    )
 
     def __init__(
         self,
-        weight: Unstructured,
+        weight: Unstructured | Block,
         bias: Tensor | None = None,
         *,
         activation: str | None = None,
+        batch_last: bool = False,
         parts: tuple[str, ...] = (),
     ) -> None:
         activation_code(activation)
         super().__init__(weight, bias, activation, parts)
         self.out_features, self.in_features = weight.shape
-        self.tile = weight.tile
+        self.batch_last = batch_last
 
     @classmethod
     def from_dense(
@@ -52,37 +62,45 @@ class SparseLinear(SparseModule):
         *,
         activation: str | None = None,
         mask: Tensor | None = None,
+        block: tuple[int, int] | None = None,
     ) -> SparseLinear:
         """Return a module with the numbers of linear; zeros of its weight are not stored.
 
-        format  "auto" or "unstructured"
+        format  "unstructured", "block", "nm" (2:4), or "auto": "block" where zeros form blocks,
+                else "unstructured"
         mask    bool like weight: what is stored, zeros included; default: what is not zero
+        block   (rows, columns) of a block for "block"; default: what stores the fewest zeros
 
         Masks of torch.nn.utils.prune and mask buffers are applied first. The new module is in the
         mode (training or not) of linear and its tensors are copies.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"SparseLinear: expected an nn.Linear, got {type(linear).__name__}")
-        kind = find_format("SparseLinear", _DEFAULT if format == "auto" else format, cls.formats)
-        weight = kind.from_dense(read_dense(linear, "weight"), mask)
-        module = cls(weight, read_dense(linear, "bias"), activation=activation)
+        weight = read_dense(linear, "weight")
+        if format == "auto":
+            kept = weight if mask is None else mask.to(weight.dtype)
+            blocks_fit = block is not None or Block.best_block(kept)[1] >= _BLOCKS_FIT
+            format = "block" if blocks_fit and bool((kept == 0).any()) else "unstructured"
+        kind = find_format("SparseLinear", format, cls.formats)
+        options = {}
+        if kind is Block:
+            kept = weight if mask is None else mask.to(weight.dtype)
+            options["block"] = block if block is not None else Block.best_block(kept)[0]
+        packed = kind.from_dense(weight, mask, **options)
+        module = cls(packed, read_dense(linear, "bias"), activation=activation)
         return module.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return act(x W^T + b) [..., out_features] for x [..., in_features]."""
         # Looked up in their dicts: nn.Module's attribute lookup costs a microsecond each.
-        parameters, buffers = self._parameters, self._buffers
-        return apply_unstructured(
-            x,
-            parameters["values"],
-            buffers["columns"],
-            buffers["segments"],
-            buffers["offsets"],
-            self.tile,
-            self.weight_shape,
-            parameters["bias"],
-            activation_code(self.activation),
-        )
+        parameters, index = self._parameters, self._buffers
+        values, bias = parameters["values"], parameters["bias"]
+        code, shape = activation_code(self.activation), self.weight_shape
+        if self.format == "block":
+            pattern = (index["row_offsets"], index["columns"])
+            return apply_block(x, values, *pattern, shape, bias, code, self.batch_last)
+        pattern = (index["columns"], index["segments"], index["offsets"], self._fixed["tile"])
+        return apply_unstructured(x, values, *pattern, shape, bias, code, self.batch_last)
 
     def extra_repr(self) -> str:
         """Sizes, sparsity, format and backend."""

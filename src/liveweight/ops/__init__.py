@@ -5,6 +5,7 @@ from liveweight.ops.block_linear import block_linear
 from liveweight.ops.kernelwise_conv2d import kernelwise_conv2d
 from liveweight.ops.masked_linear import masked_linear, pack_mask_bits, unpack_mask_bits
 from liveweight.ops.mass_mask import mass_mask
+from liveweight.ops.nm_linear import nm_linear
 from liveweight.ops.unstructured_conv2d import unstructured_conv2d
 from liveweight.ops.unstructured_linear import unstructured_linear
 
@@ -15,6 +16,7 @@ __all__ = [
     "masked_linear",
     "mass_mask",
     "new_activity_stats",
+    "nm_linear",
     "pack_mask_bits",
     "unpack_mask_bits",
     "unstructured_conv2d",

@@ -1,0 +1,113 @@
+"""SparseLinear and SparseConv2d in every format: numbers, choices of "auto", copies, layouts."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from liveweight.nn import SparseConv2d, SparseLinear
+
+
+def linear(format: str) -> nn.Linear:
+    layer = nn.Linear(64, 48)
+    keep = torch.rand(48, 64) < 0.3
+    if format == "block":
+        keep = (torch.rand(3, 4) < 0.5).repeat_interleave(16, 0).repeat_interleave(16, 1)
+        keep[:16, :16] = False
+    if format == "nm":
+        keep = torch.tensor([True, False, False, True]).repeat(48, 16)
+    with torch.no_grad():
+        layer.weight *= keep
+    return layer
+
+
+def conv(format: str) -> nn.Conv2d:
+    layer = nn.Conv2d(8, 12, 3, padding=1)
+    with torch.no_grad():
+        shape = (12, 8, 1, 1) if format == "kernelwise" else (12, 8, 3, 3)
+        layer.weight *= torch.rand(shape) < 0.3
+    return layer
+
+
+LAYERS = [(linear, n) for n in SparseLinear.formats] + [(conv, n) for n in SparseConv2d.formats]
+
+
+def both(make, name: str, **options):
+    layer = make(name)
+    kind = SparseLinear if make is linear else SparseConv2d
+    x = torch.randn(5, 64) if make is linear else torch.randn(5, 8, 9, 9)
+    return layer, kind.from_dense(layer, name, **options), x
+
+
+@pytest.mark.parametrize("make,name", LAYERS)
+def test_numbers_gradients_and_copies(make, name):
+    layer, module, x = both(make, name)
+    assert module.format == name and torch.equal(module.weight, layer.weight)
+    torch.testing.assert_close(module(x), layer(x), rtol=1e-4, atol=1e-5)
+    grads = []
+    for net in (module, layer):
+        given = x.clone().requires_grad_()
+        net(given).pow(2).sum().backward()
+        grads.append((given.grad, net.bias.grad))
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+    assert bool(module.values.grad.any())
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(other(x), module(x))
+    twin = copy.deepcopy(module)
+    nn.init.zeros_(twin.values)
+    twin.load_state_dict(module.state_dict())
+    assert torch.equal(twin(x), module(x))
+    assert f"format={name}" in repr(module)
+
+
+@pytest.mark.parametrize("make,name", LAYERS)
+def test_compiles(make, name):
+    _, module, x = both(make, name)
+    module.eval().requires_grad_(False)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), module(x))
+
+
+@pytest.mark.parametrize("make,name", [(m, n) for m, n in LAYERS if n != "nm"])
+def test_auto_sees_where_zeros_are(make, name):
+    layer = make(name)
+    kind = SparseLinear if make is linear else SparseConv2d
+    assert kind.from_dense(layer).format == name
+
+
+def test_gelu_in_linear():
+    for name in SparseLinear.formats:
+        layer, module, x = both(linear, name, activation="gelu")
+        torch.testing.assert_close(module(x), nn.GELU()(layer(x)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(SparseConv2d.formats))
+def test_layouts_change_strides_only(name):
+    _, module, x = both(conv, name)
+    want = module(x)
+    for layout in ("contiguous", "channels_last", "batch_last"):
+        module.layout = layout
+        got = module(x)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        order = {"contiguous": (0, 1, 2, 3), "channels_last": (0, 2, 3, 1)}
+        assert got.permute(order.get(layout, (1, 2, 3, 0))).is_contiguous()
+        torch.testing.assert_close(module(x), nn.Identity()(want), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["unstructured", "block"])
+def test_batch_last_changes_strides_only(name):
+    _, module, x = both(linear, name)
+    want = module(x)
+    module.batch_last = True
+    got = module(x)
+    torch.testing.assert_close(got, want)
+    assert got.t().is_contiguous()
+
+
+def test_nm_refuses_what_is_not():
+    with pytest.raises(ValueError, match="at most 2 of 4 entries kept"):
+        SparseLinear.from_dense(nn.Linear(8, 2), "nm")
