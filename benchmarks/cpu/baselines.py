@@ -81,8 +81,8 @@ def to_csr(weight: Tensor) -> tuple[Tensor, object]:
 
 
 def bsr_linear(x: Tensor, weight: Tensor, block: tuple[int, int]) -> dict[str, Call]:
-    """Return torch's product with a block-sparse weight."""
-    if int((weight != 0).sum()) * x.shape[0] > SPARSE_LIMIT:
+    """Return torch's product with a block-sparse weight; MKL behind it takes square blocks only."""
+    if block[0] != block[1] or int((weight != 0).sum()) * x.shape[0] > SPARSE_LIMIT:
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -92,18 +92,5 @@ inline std::vector<Panel> split_panels(int64_t begin, int64_t end, int least) {
   return panels;
 }
 
-// Row at which part `part` of `parts` begins when kept entries are shared evenly.
-inline int64_t share_rows(const int32_t* offsets, int64_t rows, int64_t part, int64_t parts) {
-  const double cost = double(offsets[rows]) + double(rows);
-  const double wanted = cost * double(part) / double(parts);
-  int64_t low = 0, high = rows;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (double(offsets[middle]) + double(middle) < wanted) low = middle + 1;
-    else high = middle;
-  }
-  return part == parts ? rows : low;
-}
-
 }  // namespace liveweight
 #endif  // LW_BASE

@@ -3,8 +3,8 @@
 // Batches are turned into panels (panels.h): one kept weight is then one broadcast and a few
 // multiply-adds. The columns of a tile are so few that their part of the panel stays in the
 // first-level cache, values and columns are read as one stream, and the sums of a block of rows stay
-// close. Up to four samples have too few lanes to share: there the input is gathered, each column
-// number once for all samples. The order of a sum never depends on threads.
+// close. Up to four samples have too few lanes to share: their input is gathered
+// (unstructured_linear_gather.cpp). The order of a sum never depends on threads.
 #include "unstructured_linear.h"
 
 #include "activation.h"
@@ -25,8 +25,6 @@ LW_DECLARE(void linear_fill(const float* x, int64_t row, int64_t column, int64_t
                             int64_t begin, int64_t end, float* out))
 LW_DECLARE(void linear_block(const float* panel, int width, const Tiles& w, int64_t block, float* sums))
 LW_DECLARE(void linear_finish(float* sums, int samples, int width, int rows, const RowsOut& out))
-LW_DECLARE(void linear_gather(const float* x, int64_t step, int samples, const Tiles& w, int64_t block,
-                              float* lanes, float* sums))
 
 namespace liveweight::LW_ISA {
 
@@ -107,15 +105,6 @@ LW_INLINE void add_segment(const float* panel, const float* values, const typena
   }
 }
 
-// Weights of a large layer come from memory once per call: fetched this many entries ahead.
-constexpr int kAhead = 1024;
-
-template <class Index>
-LW_INLINE void prefetch_entries(const float* values, const Index* places, int count) {
-  __builtin_prefetch(places + kAhead, 0, 2);
-  for (int i = 0; i < count; i += 16) __builtin_prefetch(values + kAhead + i, 0, 2);
-}
-
 template <int kWidth, class Eight>
 void block_of_tiles(const float* panel, const Tiles& w, int64_t block, float* sums) {
   typedef typename Eight::Index Index;
@@ -181,54 +170,6 @@ void linear_finish(float* sums, int samples, int width, int rows, const RowsOut&
   } else {
     empty_panel(sums, width, samples, rows, out.y, out.sample_step);
   }
-}
-
-template <int kSamples, class Index>
-void gather_block(const float* x, int64_t step, const Tiles& w, int64_t block, float* lanes, float* sums) {
-  for (int64_t i = 0; i < w.rows * kSamples; ++i) store(lanes + i * kLanes, zero());
-  const int32_t* at = w.offsets + 2 * block * w.along;
-  const float* values = w.values + at[0];
-  const Index* places = static_cast<const Index*>(w.places) + at[0];
-  for (int64_t t = 0; t < w.along; ++t, at += 2, x += w.columns) {
-    const Index* segment = static_cast<const Index*>(w.segments) + 2 * int64_t(at[1]);
-    const Index* stop = static_cast<const Index*>(w.segments) + 2 * int64_t(at[3]);
-    for (; segment < stop; segment += 2) {
-      const int count = int(segment[1]) + 1;
-      float* to = lanes + int64_t(segment[0]) * kSamples * kLanes;
-      Vec sum[kSamples];
-      for (int m = 0; m < kSamples; ++m) sum[m] = load(to + m * kLanes);
-      prefetch_entries(values, places, count);
-      int i = 0;
-      for (; i + kLanes <= count; i += kLanes) {
-        const Vec value = load(values + i);
-        for (int m = 0; m < kSamples; ++m) sum[m] = fma(value, gather(x + m * step, places + i), sum[m]);
-      }
-      if (i < count) {
-        const Vec value = load_first(values + i, count - i);
-        for (int m = 0; m < kSamples; ++m) {
-          sum[m] = fma(value, gather(x + m * step, places + i, count - i), sum[m]);
-        }
-      }
-      for (int m = 0; m < kSamples; ++m) store(to + m * kLanes, sum[m]);
-      values += count;
-      places += count;
-    }
-  }
-  for (int64_t i = 0; i < w.rows * kSamples; ++i) sums[i] = reduce_add(load(lanes + i * kLanes));
-}
-
-// sums [rows of a tile, samples] of one block, for one to four samples of x, `step` apart; lanes is
-// scratch of 16 times their size.
-void linear_gather(const float* x, int64_t step, int samples, const Tiles& w, int64_t block, float* lanes,
-                   float* sums) {
-#define LW_RUN(kSamples)                                                   \
-  (w.wide ? gather_block<kSamples, uint16_t>(x, step, w, block, lanes, sums)     \
-          : gather_block<kSamples, uint8_t>(x, step, w, block, lanes, sums))
-  if (samples == 1) LW_RUN(1);
-  else if (samples == 2) LW_RUN(2);
-  else if (samples == 3) LW_RUN(3);
-  else LW_RUN(4);
-#undef LW_RUN
 }
 
 }  // namespace liveweight::LW_ISA

@@ -18,6 +18,22 @@ struct Tiles {
 
 }  // namespace liveweight
 
+LW_DECLARE(void linear_gather(const float* x, int64_t step, int samples, const Tiles& w, int64_t block,
+                              float* lanes, float* sums))
+
+namespace liveweight::LW_ISA {
+
+// Weights of a large layer come from memory once per call: fetched this many entries ahead.
+constexpr int kAhead = 1024;
+
+template <class Index>
+LW_INLINE void prefetch_entries(const float* values, const Index* places, int count) {
+  __builtin_prefetch(places + kAhead, 0, 2);
+  for (int i = 0; i < count; i += 16) __builtin_prefetch(values + kAhead + i, 0, 2);
+}
+
+}  // namespace liveweight::LW_ISA
+
 #ifdef LW_BASE
 namespace liveweight {
 
