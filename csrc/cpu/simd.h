@@ -12,7 +12,8 @@
 //   with_previous(v, before): lane l - 1 of v, before lane 0 the last of `before`; with_next(v, after)
 //   reduce_add(v) reduce_max(v)    popcount(bits) prefetch(p)
 //
-// load and load_first also take Bf16 and Half and widen to fp32. Where n lanes are asked for, n is
+// load and load_first also take Bf16 and Half and widen to fp32; store and store_first also take Bf16
+// and round to the nearest, ties to even. Where n lanes are asked for, n is
 // in [0, kLanes], no byte past them is touched and the other lanes are 0. max and min return b
 // when either side is NaN (as x86 does); relu keeps NaN.
 #pragma once
@@ -72,6 +73,13 @@ LW_INLINE uint32_t float_to_bits(float value) {
   return bits;
 }
 
+// Nearest bf16, ties to even; NaN stays NaN.
+LW_INLINE Bf16 to_bf16(float value) {
+  const uint32_t raw = float_to_bits(value);
+  if (value != value) return {uint16_t(raw >> 16 | 0x40)};
+  return {uint16_t((raw + 0x7fff + (raw >> 16 & 1)) >> 16)};
+}
+
 LW_INLINE float to_float(float value) { return value; }
 LW_INLINE float to_float(Bf16 value) { return bits_to_float(uint32_t(value.bits) << 16); }
 LW_INLINE float to_float(Half value) {
@@ -81,5 +89,12 @@ LW_INLINE float to_float(Half value) {
   // Halves, subnormal ones too, are exact multiples of 2^-24 after this shift of the exponent.
   return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));
 }
+
+#if !defined(__AVX2__)
+LW_INLINE void store_first(Bf16* p, Vec v, int n) {
+  for (int lane = 0; lane < n; ++lane) p[lane] = to_bf16(v.v[lane]);
+}
+LW_INLINE void store(Bf16* p, Vec v) { store_first(p, v, kLanes); }
+#endif
 
 }  // namespace liveweight::LW_ISA

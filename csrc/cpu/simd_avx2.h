@@ -49,6 +49,22 @@ LW_INLINE void store(float* p, Vec v) { _mm256_storeu_ps(p, v.v); }
 LW_INLINE void store(float* p, Vec v, Mask mask) { _mm256_maskstore_ps(p, mask.m, v.v); }
 LW_INLINE void store_first(float* p, Vec v, int n) { store(p, v, first(n)); }
 
+LW_INLINE void store(Bf16* p, Vec v) {
+  const __m256i raw = _mm256_castps_si256(v.v), high = _mm256_srli_epi32(raw, 16);
+  const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(raw, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v.v, v.v, _CMP_UNORD_Q));
+  const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+  const __m256i wide = _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), quiet, nan);
+  const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(wide, wide), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(halves));
+}
+LW_INLINE void store_first(Bf16* p, Vec v, int n) {
+  Bf16 copy[kLanes];
+  store(copy, v);
+  __builtin_memcpy(p, copy, size_t(n) * sizeof(Bf16));
+}
+
 LW_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 LW_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 LW_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }

@@ -41,6 +41,21 @@ LW_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v.v); }
 LW_INLINE void store(float* p, Vec v, Mask mask) { _mm512_mask_storeu_ps(p, mask.m, v.v); }
 LW_INLINE void store_first(float* p, Vec v, int n) { store(p, v, first(n)); }
 
+LW_INLINE __m256i round_to_bf16(Vec v) {
+  const __m512i raw = _mm512_castps_si512(v.v), high = _mm512_srli_epi32(raw, 16);
+  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(raw, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v.v, v.v, _CMP_UNORD_Q);
+  const __m512i nearest = _mm512_srli_epi32(up, 16);
+  return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(nearest, nan, high, _mm512_set1_epi32(0x40)));
+}
+LW_INLINE void store(Bf16* p, Vec v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_to_bf16(v));
+}
+LW_INLINE void store_first(Bf16* p, Vec v, int n) {
+  _mm256_mask_storeu_epi16(p, first(n).m, round_to_bf16(v));
+}
+
 LW_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 LW_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 LW_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }

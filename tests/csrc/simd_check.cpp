@@ -35,8 +35,26 @@ static void check_partial(const float* a, const float* b) {
     expect("first", n, float(bits(first(n))), float((1u << n) - 1));
     store_first(exact, load(b), n);
     for (int i = 0; i < n; ++i) expect("store_first", i, exact[i], b[i]);
+    store_first(brain, load(b), n);
+    for (int i = 0; i < n; ++i) expect("store_first bf16", i, to_float(brain[i]), to_float(to_bf16(b[i])));
     std::free(exact);
     std::free(brain);
+  }
+}
+
+// Every upper half with lower halves below, at and above the middle between two bf16.
+static void check_rounding() {
+  const uint32_t lows[] = {0, 1, 0x7fff, 0x8000, 0x8001, 0xffff};
+  for (uint32_t high = 0; high < 65536; ++high) {
+    for (const uint32_t low : lows) {
+      const float value = bits_to_float(high << 16 | low);
+      const bool up = low > 0x8000 || (low == 0x8000 && (high & 1));
+      const float wanted = std::isnan(value) ? value : to_float(Bf16{uint16_t(high + up)});
+      expect("to_bf16", int(high), to_float(to_bf16(value)), wanted);
+      Bf16 stored[kLanes];
+      store(stored, broadcast(value));
+      for (int i = 0; i < kLanes; ++i) expect("store bf16", int(high), to_float(stored[i]), wanted);
+    }
   }
 }
 
@@ -108,6 +126,7 @@ int main() {
   expect("reduce_add", 0, reduce_add(va), sum);
   expect("reduce_max", 0, reduce_max(va), top);
   check_partial(a, b);
+  check_rounding();
   check_masks(a, b, index);
   check_halves();
   std::printf("%d lanes, %d failures\n", kLanes, failures);
