@@ -8,9 +8,18 @@ namespace {
 
 void run(const KernelwiseConv& conv) {
   if (prefer_pointwise(conv)) return run_pointwise(conv);
-  const int64_t side_by_side = lanes_samples(conv.sizes, cpu_lanes());
+  const ConvSizes& s = conv.sizes;
+  const int64_t lanes = cpu_lanes();
+  const bool wide = prefer_wide(s, lanes), folded = prefer_folded(s, lanes);
+  // Side by side, samples need no turning when they lie so, and taps in the padding are not multiplied,
+  // which are many on 4 x 4 pixels.
+  const bool alike = conv.x_layout == Layout::batch_last || s.H * s.W <= 16;
+  const int64_t side_by_side = !(wide || folded) || alike ? lanes_samples(s, lanes) : 0;
   if (side_by_side > 0) run_lanes(conv, 0, side_by_side);
-  if (side_by_side < conv.sizes.B) run_planes(conv, side_by_side, conv.sizes.B);
+  if (side_by_side == s.B) return;
+  if (wide) run_wide(conv, side_by_side, s.B);
+  else if (folded) run_folded(conv, side_by_side, s.B);
+  else run_planes(conv, side_by_side, s.B);
 }
 
 Tensor kernelwise_conv2d(const Tensor& x, const Tensor& values, const Tensor& filter_offsets,

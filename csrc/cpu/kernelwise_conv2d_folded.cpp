@@ -1,0 +1,215 @@
+// kernelwise_conv2d with 3 x 3 kernels of stride 1 on narrow pictures: sums that are shifted once
+// (kernelwise_conv2d_sums.h). Pictures are folded: the lanes hold rows of a few samples, or of several equal
+// parts of one sample's rows, side by side.
+#include "kernelwise_conv2d_finish.h"
+#include "kernelwise_conv2d_sums.h"
+
+namespace liveweight {
+
+struct FoldedJob {
+  KeptFilters filters;
+  int64_t H, W;  // of the input, and of the output before any pooling
+  int64_t slot;  // lanes of a row
+};
+
+// How a set of samples is folded: lanes hold `samples` x `parts` x slot; part g begins with row g * rows.
+// One vector a plane: `samples` planes beside each other.
+struct Fold {
+  int64_t samples, parts, rows;
+  bool plane;
+
+  int64_t stored() const { return plane ? samples : parts > 1 ? rows + 2 : rows; }  // vectors of a channel
+};
+
+}  // namespace liveweight
+
+LW_DECLARE(void fold_planes(const float* x, const FoldedJob& job, const Fold& fold, int64_t sample, int64_t begin,
+                            int64_t end, float* planes))
+LW_DECLARE(void folded_filters(const float* planes, const FoldedJob& job, const Fold& fold, const int32_t* order,
+                               int64_t count, float* scratch, float* y, int64_t y_sample))
+
+namespace liveweight::LW_ISA {
+
+// A row of `width` floats, zeros up to `slot` after it.
+LW_INLINE void fold_row(const float* in, int64_t width, int64_t slot, float* out) {
+  if (width == 8) store_lanes<8>(out, load_lanes<8>(in));
+  else if (width == 4) store_lanes<4>(out, load_lanes<4>(in));
+  else store_first(out, load_first(in, int(width)), int(slot));
+}
+
+// Channels [begin, end) of a set of samples, `sample` floats apart, folded into vectors: [channel][vector].
+void fold_planes(const float* x, const FoldedJob& job, const Fold& fold, int64_t sample, int64_t begin, int64_t end,
+               float* planes) {
+  const int64_t stored = fold.stored(), above = !fold.plane && fold.parts > 1 ? 1 : 0, size = job.H * job.W;
+  const int64_t sample_step = fold.plane ? kLanes : fold.parts * job.slot;
+  for (int64_t s = 0; s < fold.samples; ++s) {
+    for (int64_t g = 0; g < fold.parts; ++g) {
+      const int64_t r0 = g * fold.rows - above;
+      for (int64_t t = 0; t < fold.rows + 2 * above; ++t) {
+        float* to = planes + begin * stored * kLanes + s * sample_step + g * job.slot + t * kLanes;
+        const float* from = x + s * sample + (r0 + t) * job.W;
+        const bool inside = r0 + t >= 0 && r0 + t < job.H;
+        for (int64_t c = begin; c < end; ++c, to += stored * kLanes, from += size) {
+          if (inside) fold_row(from, job.W, job.slot, to);
+          else fill_zero(to, job.slot);
+        }
+      }
+    }
+  }
+}
+
+// W floats of a row that no two stores have written together.
+LW_INLINE void copy_short(const float* in, float* out, int64_t count) {
+  if (count >= 4) {
+    store_lanes<4>(out, load_lanes<4>(in));
+    store_lanes<4>(out + count - 4, load_lanes<4>(in + count - 4));
+  } else {
+    for (int64_t i = 0; i < count; ++i) out[i] = in[i];
+  }
+}
+
+// The rows of one sample, from where the lanes hold them to y or through a pool.
+LW_INLINE void unfold(const float* lanes, const FoldedJob& job, const Fold& fold, float bias, float* rows, float* y) {
+  const int64_t pool = job.filters.pool;
+  float* to = pool == 1 ? y : rows;
+  const int64_t step = pool == 1 ? job.W : job.slot;
+  for (int64_t g = 0; g < fold.parts; ++g) {
+    for (int64_t t = 0; t < fold.rows && g * fold.rows + t < job.H; ++t) {
+      copy_short(lanes + t * kLanes + g * job.slot, to + (g * fold.rows + t) * step, job.W);
+    }
+  }
+  if (pool > 1) {
+    finish_pool(rows, step, job.H, job.W, pool, bias, job.filters.relu, y);
+  }
+}
+
+// One filter's sums of a set.
+LW_INLINE void folded_sums(const float* x, const KernelList& kernels, const FoldedJob& job, const Fold& fold,
+                           SumsTile tile, SumsEnd end, int64_t sample_step) {
+  if (fold.plane) {
+    const int width = int(job.slot);
+    if (fold.samples == 1) return sums_plane<1>(x, kernels, tile, width, end, sample_step);
+    if (fold.samples == 2) return sums_plane<2>(x, kernels, tile, width, end, sample_step);
+    return sums_plane<3>(x, kernels, tile, width, end, sample_step);
+  }
+  const bool padded = fold.parts > 1;
+  float* out = end.out;
+  for (int64_t tiles = count_tiles(fold.rows, 1), r = 0; tiles > 0; --tiles) {
+    const int64_t rows = (fold.rows - r + tiles - 1) / tiles;
+    tile.skip_top = !padded && r == 0;
+    tile.skip_bottom = !padded && r + rows == fold.rows;
+    end.out = out + r * kLanes;
+    find_parts_tile(rows)(x + (r - (padded ? 0 : 1)) * kLanes, kernels, tile, end);
+    r += rows;
+  }
+}
+
+// Filters order[0 .. count) of a set of samples; y is where filter 0 of the first goes.
+void folded_filters(const float* planes, const FoldedJob& job, const Fold& fold, const int32_t* order, int64_t count,
+                 float* scratch, float* y, int64_t y_sample) {
+  const KeptFilters& filters = job.filters;
+  const int64_t pool = filters.pool, pixels = (job.H / pool) * (job.W / pool);
+  SumsTile tile{};
+  tile.row = kLanes;
+  tile.plane = fold.stored() * kLanes;
+  uint32_t starts = 0;
+  for (int l = 0; l < kLanes; l += int(job.slot)) starts |= 1u << l;
+  tile.joined_before = mask_from_bits(~starts & ((1u << kLanes) - 1));
+  tile.joined_after = mask_from_bits(~(starts << (job.slot - 1)) & ((1u << kLanes) - 1));
+  const bool direct = fold.plane && pool == 1 && job.W == job.slot;  // a vector begins with a whole plane
+  const int64_t sample_lanes = fold.plane ? kLanes : fold.parts * job.slot;
+  float* rows = scratch + fold.stored() * kLanes + kLanes;
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t o = order[n];
+    int64_t channel;
+    const KernelList kernels = kernels_of(filters, o, channel);
+    const float bias = filters.bias ? filters.bias[o] : 0.0f;
+    float* to = y + o * pixels;
+    const int lanes = direct ? int(pixels) : kLanes;
+    SumsEnd end{direct ? to : scratch, kLanes, lanes, 0.0f, false};
+    if (pool == 1) end.bias = bias, end.relu = filters.relu;
+    folded_sums(planes + channel * tile.plane, kernels, job, fold, tile, end, direct ? y_sample : kLanes);
+    for (int64_t s = 0; s < fold.samples && !direct; ++s) {
+      unfold(scratch + s * sample_lanes, job, fold, bias, rows, to + s * y_sample);
+    }
+  }
+}
+
+}  // namespace liveweight::LW_ISA
+
+#ifdef LW_BASE
+namespace liveweight {
+namespace {
+
+struct FoldedSet {
+  Fold fold;
+  int64_t first;  // sample
+};
+
+// As many samples side by side as fit; those left over are divided into parts.
+std::vector<FoldedSet> fold_samples(int64_t begin, int64_t end, int64_t height, int64_t slots) {
+  std::vector<FoldedSet> sets;
+  int64_t b = begin;
+  for (; b + slots <= end; b += slots) sets.push_back({{slots, 1, height, false}, b});
+  if (height <= slots && slots > 1) {
+    for (int64_t some; b < end; b += some) {
+      some = std::min<int64_t>(end - b, 3);
+      sets.push_back({{some, slots, 1, true}, b});
+    }
+  }
+  for (; b < end; ++b) sets.push_back({{1, slots, (height + slots - 1) / slots, false}, b});
+  return sets;
+}
+
+struct FoldedRun {
+  const KernelwiseConv& conv;
+  FoldedJob job;
+  int64_t lanes;
+  std::vector<FoldedSet> sets;
+
+  int64_t buffer_floats(int64_t i) const { return conv.sizes.C * sets[size_t(i)].fold.stored() * lanes; }
+  int64_t scratch_floats() const { return (std::max<int64_t>(job.H, 3) + 4) * lanes + job.H * job.slot + kSlack; }
+  int64_t most_samples() const { return std::max<int64_t>(lanes / job.slot, 3); }
+  int64_t turned_floats() const { return most_samples() * turned_sample_floats(conv); }
+
+  void fill(int64_t i, int64_t begin, int64_t end, float* buffer, float* turned) const {
+    const FoldedSet& set = sets[size_t(i)];
+    const float* from = nullptr;
+    int64_t step = conv.sizes.C * job.H * job.W;
+    if (conv.x_layout == Layout::contiguous) {
+      from = gather_sample(conv, set.first, begin, end, turned);
+    } else {
+      step = (end - begin) * job.H * job.W, from = turned;
+      for (int64_t s = 0; s < set.fold.samples; ++s) gather_sample(conv, set.first + s, begin, end, turned + s * step);
+    }
+    LW_SELECT(fold_planes)(from, job, set.fold, step, begin, end, buffer);
+  }
+
+  void filters(int64_t i, int64_t begin, int64_t end, const std::vector<int32_t>& order, const float* buffer,
+               float* scratch, float* turned) const {
+    const FoldedSet& set = sets[size_t(i)];
+    const bool in_place = conv.y_layout == Layout::contiguous;
+    const int64_t step = (in_place ? conv.sizes.filters : end - begin) * conv.out_pixels();
+    LW_SELECT(folded_filters)(buffer, job, set.fold, order.data(), end - begin, scratch,
+                           output_of(conv, set.first, begin, turned), step);
+    for (int64_t s = 0; s < set.fold.samples; ++s) {
+      scatter_sample(conv, set.first + s, begin, end, turned + s * step);
+    }
+  }
+};
+
+}  // namespace
+
+bool prefer_folded(const ConvSizes& s, int64_t lanes) {
+  return fits_sums(s) && s.W * 2 <= lanes && s.padding[0] == 1 && s.padding[1] == 1;
+}
+
+void run_folded(const KernelwiseConv& conv, int64_t begin, int64_t end) {
+  const ConvSizes& s = conv.sizes;
+  const int64_t lanes = cpu_lanes(), slot = s.W <= 4 ? 4 : 8;
+  const FoldedRun run{conv, {conv.filters, s.H, s.W, slot}, lanes, fold_samples(begin, end, s.H, lanes / slot)};
+  run_items(run, conv, 0, int64_t(run.sets.size()));
+}
+
+}  // namespace liveweight
+#endif  // LW_BASE
