@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from cpu import conv_cases, linear_cases, net_cases, other_cases
+from cpu import bf16_cases, conv_cases, linear_cases, net_cases, other_cases
 from cpu.timing import Settings
 
 
@@ -62,6 +62,12 @@ TABLES = {
             "Blocks let a weight serve several rows or columns at once; warm, 4096x4096. For "
             "small batches quote the cold table instead.",
             linear_cases.blocks, ("block", "batch"),
+        ),
+        Table(
+            "bf16", "Linear layers in bfloat16",
+            "Half the bytes, the same sums in fp32. Dense bf16 runs on AMX tiles where the CPU has "
+            "them, many times the fp32 rate: beyond a few samples sparsity must be very high.",
+            bf16_cases.linear_bf16, ("block", "shape", "batch"),
         ),
         Table(
             "nm", "2:4",

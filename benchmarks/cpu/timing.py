@@ -51,6 +51,7 @@ class Cell:
     calls   name -> call; the result is a tensor, compared with `truth` where one is given
     kinds   name -> "torch" (the plain dense call), "dense", "sparse" or "note" (only shown)
     flops   useful operations of ours: 2 x kept weights x outputs each one adds to
+    tolerance  of the relative Frobenius error against the truth
     """
 
     labels: dict[str, object]
@@ -59,6 +60,7 @@ class Cell:
     flops: float = 0.0
     truth: Callable[[], Tensor] | None = None
     same: Callable[[object], Tensor] | None = None  # brings a result into the truth's form
+    tolerance: float = TOLERANCE
 
 
 @functools.cache
@@ -178,7 +180,7 @@ def check(cell: Cell) -> dict[str, float]:
                 continue  # another weight, timed beside the others for comparison
             got = call()
             errors[name] = relative_error(cell.same(got) if cell.same else got, truth)
-            if not errors[name] < TOLERANCE:  # NaN fails too
+            if not errors[name] < cell.tolerance:  # NaN fails too
                 raise RuntimeError(f"{cell.labels}: {name} is wrong by {errors[name]:.1e}")
     return errors
 
