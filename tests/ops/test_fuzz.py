@@ -31,7 +31,7 @@ def fuzz(examples: int):
 
 
 seeds = st.integers(0, 2**31 - 1)
-densities = st.sampled_from([0.0, 0.02, 0.1, 0.3, 0.7, 1.0])
+densities = st.sampled_from([0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 1.0])
 linear_activations = st.sampled_from([None, "relu", "gelu", "gelu_tanh"])
 layouts = st.sampled_from([None, "contiguous", "channels_last", "batch_last"])
 sizes = st.one_of(st.integers(0, 20), st.integers(1, 300))
@@ -91,6 +91,25 @@ def test_unstructured_linear(data):
     assert_close(got, wanted, K, dtype)
     if trained:
         check_backward(got, wanted, leaves, dense, packed.coordinates(), max(M, N, K))
+
+
+@fuzz(40)
+@given(st.data())
+def test_nm_linear(data):
+    draw = data.draw
+    M, N, K, m = draw(batches), draw(sizes), draw(sizes), draw(st.integers(1, 16))
+    n = draw(st.integers(1, m))
+    torch.manual_seed(draw(seeds))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    groups = -(-K // m)
+    ranks = torch.rand(N, groups, m).argsort(-1).argsort(-1).view(N, groups * m)
+    weight = (torch.randn(N, K) * (ranks[:, :K] < n)).to(dtype)
+    packed = formats.NM.from_dense(weight, n=n, m=m).validate()
+    assert torch.equal(packed.to_dense(), weight)
+    x, activation = linear_input(draw, M, K, dtype), draw(linear_activations)
+    got = ops.nm_linear(x, packed, activation=activation)
+    wanted = apply_activation(F.linear(x.double(), weight.double()), activation_code(activation))
+    assert_close(got, wanted, K, dtype)
 
 
 @fuzz(60)
