@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+import torch
 from torch import Tensor, nn
 
 from liveweight.formats import Kernelwise, UnstructuredKernels
@@ -12,10 +13,16 @@ from liveweight.ops.kernelwise_conv2d import apply_kernelwise, check_pool, make_
 from liveweight.ops.layout import layout_code
 from liveweight.ops.unstructured_conv2d import apply_unstructured_conv
 from liveweight.ops.unstructured_linear import check_activation
+from liveweight.reference.layouts import find_layout
 
 Pair = tuple[int, int]
 # Kernels of which so many entries are not zero are stored whole.
 _KERNELS_FIT = 0.7
+_float32, _grad_enabled = torch.float32, torch.is_grad_enabled
+_ops = {
+    "kernelwise": torch.ops.liveweight.kernelwise_conv2d.default,
+    "unstructured": torch.ops.liveweight.unstructured_conv2d.default,
+}
 
 
 class SparseConv2d(SparseModule):
@@ -113,17 +120,42 @@ class SparseConv2d(SparseModule):
     def forward(self, x: Tensor) -> Tensor:
         """Return pool(act(conv2d(x, W) + b)) for x [B, C, H, W] or [C, H, W]."""
         # Looked up in their dicts: nn.Module's attribute lookup costs a microsecond each.
-        parameters, buffers = self._parameters, self._buffers
-        values, bias = parameters["values"], parameters["bias"]
-        rest = (self.stride, self.padding, self.dilation, self.groups)
-        rest += (check_activation(self.activation), self.pool)
+        values = self._parameters["values"]
+        plain = type(x) is Tensor and x.dtype is _float32 is values.dtype and not _grad_enabled()
+        if torch.compiler.is_compiling() or not plain:
+            return self._checked(x)
+        if x.shape == self.__dict__.get("_checked_shape"):
+            layout = find_layout(x)
+            if layout is not None:
+                return self._unchecked(x, values, layout)
+        y = self._checked(x)
+        self.__dict__["_checked_shape"] = x.shape if x.dim() == 4 else None
+        return y
+
+    def _index(self) -> tuple:
+        buffers = self._buffers
         if self.format == "unstructured":
             index = (buffers["columns"], buffers["segments"], buffers["offsets"])
-            index += (self.weight_shape, self._fixed["tile"])
+            return (*index, self.weight_shape, self._fixed["tile"])
+        return (buffers["filter_offsets"], buffers["channels"])
+
+    def _settings(self) -> tuple:
+        sizes = (self.stride, self.padding, self.dilation, self.groups)
+        return (*sizes, check_activation(self.activation), self.pool)
+
+    def _unchecked(self, x: Tensor, values: Tensor, layout: int) -> Tensor:
+        """Run the op on an x of the shape that passed the checks before: they cost as much."""
+        code = layout if self.layout is None else layout_code("SparseConv2d", self.layout)
+        rest = (self._parameters["bias"], *self._settings(), code)
+        return _ops[self.format](x, values, *self._index(), *rest)
+
+    def _checked(self, x: Tensor) -> Tensor:
+        values, bias = self._parameters["values"], self._parameters["bias"]
+        index, rest = self._index(), self._settings()
+        if self.format == "unstructured":
             return apply_unstructured_conv(x, values, *index, bias, *rest, self.layout)
-        index = (buffers["filter_offsets"], buffers["channels"], self.in_channels)
         code = layout_code("SparseConv2d", self.layout)
-        return apply_kernelwise(x, values, *index, bias, *rest, code)
+        return apply_kernelwise(x, values, *index, self.in_channels, bias, *rest, code)
 
     def extra_repr(self) -> str:
         """Sizes, sparsity, format and backend."""
