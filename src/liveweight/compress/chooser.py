@@ -90,7 +90,8 @@ class Chooser:
         row.by_batch = choice.by_batch
         absorbed = choice.candidate.absorbed
         row.parts = (name, *absorbed) if absorbed else ()
-        return Replacement(self.model, name, choice.candidate, row, choice.saved_us)
+        rows = max(work_of(chain.layer, "dense", x).rows for x in inputs.values())
+        return Replacement(self.model, name, choice.candidate, row, choice.saved_us, rows)
 
     def _plans(self, chain: Chain, density: float) -> list[Plan]:
         """Return what to build for a chain; raise ValueError with the reason where it is nothing.

@@ -18,7 +18,8 @@ from liveweight.nn import ByBatch
 
 # A layout is taken if it makes the whole model faster by more than this factor at every batch size.
 FASTER = 1.02
-# Below this batch size the samples do not fill a vector, and batch_last is not tried.
+# Fewer samples of a convolution, or rows of a Linear's input, do not fill a vector: batch_last is
+# not tried.
 LEAST_BATCH = 8
 AS_THEY_COME = "layouts as they come"
 # A layout is measured this many times longer than a candidate.
@@ -42,11 +43,13 @@ class Layouts:
         self.settings = settings
         self.report = report
         self.modules: dict[str, list[nn.Module]] = {}
+        self.rows: dict[str, int] = {}
 
     def choose(self, chosen: list[Replacement], graph: _graph.Graph | None) -> None:
         """Set the layouts that make the model faster than layouts as they come."""
         self.modules = {r.name: _with_layout(r.new[r.name]) for r in chosen}
         self.modules = {name: found for name, found in self.modules.items() if found}
+        self.rows = {r.name: r.rows for r in chosen}
         if len(self.modules) < 2:
             return
         options = {AS_THEY_COME: dict.fromkeys(self.modules), **self._options(graph)}
@@ -63,20 +66,30 @@ class Layouts:
         self.report.layout = None
 
     def _options(self, graph: _graph.Graph | None) -> dict[str, Setting]:
-        """Return settings: between neighbours only, and everywhere but behind the last layer."""
+        """Return settings: between neighbours only, and everywhere but behind the last layer.
+
+        A Linear knows one layout beside its own, and only between neighbours: what else reads
+        its output reads row by row.
+        """
         names = list(self.modules)
         inner = {n for n in names if graph and self._feeds_only_ours(graph.layers.get(n))}
+        flat = {n for n in names if all(hasattr(m, "batch_last") for m in self.modules[n])}
+        wide = {n for n in names if self.rows[n] >= LEAST_BATCH}
         found: dict[str, Setting] = {}
-        sparse = any(not packing.is_packed(m) for ms in self.modules.values() for m in ms)
-        layouts = ["channels_last"]
-        if sparse and max(self.inputs) >= LEAST_BATCH:
-            layouts.append("batch_last")
-        for layout in layouts:
+        for layout in ("channels_last", "batch_last"):
+            able = set(names) - flat if layout == "channels_last" else wide
             for note, where in (("between neighbours", inner), ("throughout", set(names[:-1]))):
+                where = (where & able) - (flat - inner)
+                if layout == "batch_last" and all(map(packing.is_packed, self._of(where))):
+                    continue
                 setting = {n: layout if n in where else "contiguous" for n in names}
+                setting |= {n: None for n in flat - where}
                 if where and setting not in found.values():
                     found[f"{layout} {note}"] = setting
         return found
+
+    def _of(self, names: set[str]) -> list[nn.Module]:
+        return [module for name in names for module in self.modules[name]]
 
     def _feeds_only_ours(self, layer: _graph.Layer | None) -> bool:
         if layer is None or not layer.closed or layer.is_output or not layer.followers:

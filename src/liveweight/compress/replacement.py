@@ -10,15 +10,25 @@ from liveweight.compress.report import ChoiceRow
 
 
 class Replacement:
-    """One layer's choice, which can be put in place and taken back."""
+    """One layer's choice, which can be put in place and taken back.
+
+    rows  samples of a convolution's input, rows of a Linear's, at the largest batch size
+    """
 
     def __init__(
-        self, model: nn.Module, name: str, winner: Candidate, row: ChoiceRow, saved_us: float
+        self,
+        model: nn.Module,
+        name: str,
+        winner: Candidate,
+        row: ChoiceRow,
+        saved_us: float,
+        rows: int,
     ) -> None:
         self.model = model
         self.name = name
         self.row = row
         self.saved_us = saved_us
+        self.rows = rows
         dense = model.get_submodule(name)
         if hasattr(dense, "shrunk_from"):
             winner.module.shrunk_from = dict(dense.shrunk_from)
