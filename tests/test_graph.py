@@ -244,6 +244,8 @@ def test_residual_blocks():
         "layer1.2.shortcut.0", "layer1.2.shortcut.1",
     )  # fmt: skip
     assert last.consumers == (Follower("fc", 1),) and last.closed
+    assert all(block.whole and block.activation == "relu" for block in graph.residual_blocks)
+    assert first.branch[0] == "layer1.0.conv1" and first.branch[-1] == "layer1.0.bn2"
     layers = graph.layers
     assert layers["layer1.0.conv1"].safe and layers["layer1.0.conv1"].norm == "layer1.0.bn1"
     assert "residual add" in layers["layer1.0.conv2"].why_unsafe

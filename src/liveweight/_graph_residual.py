@@ -23,6 +23,10 @@ class ResidualBlock:
     pad_before       zero channels that a "pad" shortcut puts before the input's channels
     consumers        followers of the block's output; feeds: blocks that take it as their shortcut
     closed           consumers and feeds are all that reads the block's output
+    branch           names of the branch's modules in order, "" for a ReLU called as a function
+    activation       "relu" where one follows the add and is its only reader; None where none does
+    activation_name  name of that module; None where it is called as a function
+    whole            the module called name computes activation(branch(x) + shortcut(x)), no more
     """
 
     name: str
@@ -37,16 +41,24 @@ class ResidualBlock:
     consumers: tuple[Follower, ...] = ()
     feeds: tuple[str, ...] = ()
     closed: bool = False
+    branch: tuple[str, ...] = ()
+    activation: str | None = None
+    activation_name: str | None = None
+    whole: bool = False
 
 
 @dataclass
 class _Branch:
-    """A chain of convolutions read backwards from an add to the block's input."""
+    """A chain of convolutions read backwards from an add to the block's input; order: its nodes."""
 
     convs: list[fx.Node]
     norm: fx.Node | None
     source: fx.Node
-    nodes: set[fx.Node]
+    order: list[fx.Node]
+
+    @property
+    def nodes(self) -> set[fx.Node]:
+        return set(self.order)
 
 
 def _first_input(node: fx.Node) -> fx.Node | None:
@@ -55,7 +67,7 @@ def _first_input(node: fx.Node) -> fx.Node | None:
 
 def _read_branch(flow: Flow, end: fx.Node) -> _Branch | None:
     """Read [norm] conv (activation [norm] conv)... backwards; None where end is no such chain."""
-    branch = _Branch([], None, end, set())
+    branch = _Branch([], None, end, [])
     node: fx.Node | None = end
     while node is not None and len(node.users) == 1:
         module = flow.module(node)
@@ -65,7 +77,7 @@ def _read_branch(flow: Flow, end: fx.Node) -> _Branch | None:
             branch.norm = node if not branch.convs and branch.norm is None else branch.norm
         elif not branch.convs or not known.activation(node, module):
             break
-        branch.nodes.add(node)
+        branch.order.insert(0, node)
         node = _first_input(node)
         if branch.convs and _first_input(branch.convs[0]) is node:
             branch.source = node
@@ -128,6 +140,35 @@ def _shortcut_module(flow: Flow, owner: str, branch: _Branch, end: fx.Node) -> s
     return found
 
 
+def _relu_behind(flow: Flow, add: fx.Node) -> fx.Node | None:
+    """Return the ReLU that is the only reader of an add, None where there is none."""
+    user = flow.only_user(add)
+    found = known.activation(user, flow.module(user)) if user is not None else None
+    return user if found is not None and found.name == "relu" else None
+
+
+def _facts_of_whole(
+    flow: Flow, owner: str, branch: _Branch, add: fx.Node, chain: list[fx.Node]
+) -> dict:
+    """Return the fields branch, activation, activation_name and whole of a block."""
+    relu = _relu_behind(flow, add)
+    last = relu or add
+    order = branch.order[branch.order.index(branch.convs[0]) :]
+    inside = {*order, *chain, add, last}
+    places = [flow.nodes.index(node) for node in inside]
+    calls = [c for c in flow.calls if c.path == owner]
+    plain = all(n.op == "call_module" or known.activation(n, None).name == "relu" for n in order)
+    alone = max(places) - min(places) + 1 == len(inside)
+    whole = len(calls) == 1 and calls[0].output is last and calls[0].inputs == (branch.source,)
+    is_module = relu is not None and relu.op == "call_module"
+    return {
+        "branch": tuple(str(n.target) if n.op == "call_module" else "" for n in order),
+        "activation": "relu" if relu is not None else None,
+        "activation_name": str(relu.target) if is_module else None,
+        "whole": bool(owner) and plain and alone and whole,
+    }
+
+
 @dataclass
 class _Read:
     """A block as read from the trace: its add, its branch, and its shortcut from end to source."""
@@ -162,6 +203,7 @@ def _read_block(flow: Flow, add: fx.Node) -> _Read | None:
             shortcut=_shortcut_module(flow, owner, branch, other),
             shortcut_kind=kind,
             **extra,
+            **_facts_of_whole(flow, owner, branch, add, chain),
         )
         return _Read(block, add, branch, chain)
     return None

@@ -28,6 +28,7 @@ from liveweight.compress.listing import list_layers
 from liveweight.compress.measure import Timings, measure_calls
 from liveweight.compress.replacement import Replacement
 from liveweight.compress.report import CompressReport
+from liveweight.compress.residual import JoinedBlock, join_blocks
 from liveweight.compress.whole import Whole
 
 
@@ -51,8 +52,10 @@ def compress_(
     modules of their own. What a cost model calibrated on this machine expects to take 1.5 times as
     long as the best candidate is not built. The fastest replaces the layer if the lower quartile
     of dense time / its time over the rounds reaches min_speedup, and if it does so in the calmest
-    rounds too. Then layouts that convolutions may hand to each other are tried. The whole model is
-    timed dense and compressed at last; choices that do not help are undone.
+    rounds too. A residual block whose last convolution was replaced becomes an nn.Residual, which
+    writes its sum over the branch's output. Then layouts that neighbours may hand to each other are
+    tried. The whole model is timed dense and compressed at last; choices that do not help are
+    undone.
 
     model           changed in place; weights never change, but where a BatchNorm is folded into
                     them; masks go where the zeros are in a format and stay where a layer stays
@@ -120,10 +123,11 @@ def _compress(model: nn.Module, inputs: ExampleInputs, settings: Settings) -> Co
         chosen += [replacement] if replacement else []
     problem = settings.cache.write()
     report.notes += [problem] if problem else []
-    _check_whole(model, inputs, expected, chosen)
+    joined = join_blocks(model, graph, chosen)
+    _check_whole(model, inputs, expected, [*chosen, *joined])
     sizes = settings.batch_sizes or (settings.own_batch,)
     at_sizes = {size: resize_inputs(inputs, size) for size in sizes}
-    Whole(model, at_sizes, settings, report).settle(chosen, graph)
+    Whole(model, at_sizes, settings, report).settle(chosen, joined, graph)
     return report
 
 
@@ -136,7 +140,10 @@ def _trace(model: nn.Module, report: CompressReport) -> _graph.Graph | None:
 
 
 def _check_whole(
-    model: nn.Module, inputs: ExampleInputs, expected: object, chosen: list[Replacement]
+    model: nn.Module,
+    inputs: ExampleInputs,
+    expected: object,
+    chosen: list[Replacement | JoinedBlock],
 ) -> None:
     for replacement in chosen:
         replacement.apply()

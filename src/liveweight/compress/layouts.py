@@ -83,7 +83,7 @@ class Layouts:
                 if layout == "batch_last" and all(map(packing.is_packed, self._of(where))):
                     continue
                 setting = {n: layout if n in where else "contiguous" for n in names}
-                setting |= {n: None for n in flat - where}
+                setting |= dict.fromkeys(flat - where)
                 if where and setting not in found.values():
                     found[f"{layout} {note}"] = setting
         return found

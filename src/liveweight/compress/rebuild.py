@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from liveweight.compress import edit, forms, packing, structure, swap
-from liveweight.nn import ByBatch
+from liveweight.nn import ByBatch, Residual
 
 _MASKS = ("weight_mask", "bias_mask")
 
@@ -29,6 +29,7 @@ class Rebuild:
         self.masks = masks
         self.modules = dict(model.named_modules())
         self.sparse = {name: e for name, e in entries.items() if "format" in e}
+        self.blocks = {n: e for n, e in entries.items() if e["type"] == "Residual"}
         self.replaced = {n for n, e in entries.items() if "format" in e or e["type"] == "Identity"}
 
     def apply(self) -> None:
@@ -55,7 +56,7 @@ class Rebuild:
         if got != wanted:
             hint = "; load wants a dense instance" if forms.is_ours(module) else ""
             raise self._fail(f"{name} is a {got}, expected a {wanted}{hint}")
-        if entry["type"] == "Identity":
+        if entry["type"] in ("Identity", "Residual"):
             return
         was = entry.get("from", entry["sizes"])
         for size, value in entry["sizes"].items():
@@ -142,7 +143,7 @@ class Rebuild:
             else:
                 module.register_buffer(leaf, value)
         for name, entry in self.entries.items():
-            if name not in self.replaced:
+            if name not in self.replaced and name not in self.blocks:
                 _set_sizes(self.modules[name], entry)
         return copies
 
@@ -152,6 +153,9 @@ class Rebuild:
             entry = self.entries[name]
             new = nn.Identity() if entry["type"] == "Identity" else self._joined(name, entry, old)
             edit.replace_module_(self.model, name, new.train(old.training))
+        for name, entry in self.blocks.items():
+            settings = (entry["branch"], entry["shortcut"], entry["activation"])
+            edit.replace_module_(self.model, name, Residual(self.modules[name], *settings))
 
     def _joined(self, name: str, entry: dict, old: nn.Module) -> nn.Module:
         """Return the sparse or packed module, or the choices by batch size, of an entry."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from liveweight.compress import forms
-from liveweight.nn import ByBatch
+from liveweight.nn import ByBatch, Residual
 
 # Sizes that shrinking changes, by module type.
 SIZES: dict[type, tuple[str, ...]] = {
@@ -29,6 +29,8 @@ def describe(model: nn.Module) -> dict[str, dict]:
             entries[name] = _joined_entry(name, module)
             for part, kind in absorbed(name, module):
                 entries[part] = {"type": "Identity", "was": kind}
+        elif isinstance(module, Residual):
+            entries[name] = _residual_entry(module)
         elif type(module) in SIZES and hasattr(module, "shrunk_from"):
             entries[name] = _sizes_entry(module, type(module))
     return entries
@@ -39,6 +41,12 @@ def _sizes_entry(module: nn.Module, kind: type) -> dict:
     if hasattr(module, "shrunk_from"):
         entry["from"] = dict(module.shrunk_from)
     return entry
+
+
+def _residual_entry(module: Residual) -> dict:
+    entry = {"type": "Residual", "was": type(module._block).__name__}
+    entry |= {"branch": list(module.branch), "shortcut": module.shortcut_name}
+    return entry | {"activation": module.activation}
 
 
 def _joined_entry(name: str, module: nn.Module) -> dict:

@@ -14,6 +14,7 @@ from liveweight.compress.layouts import Layouts
 from liveweight.compress.measure import Timings
 from liveweight.compress.replacement import Replacement
 from liveweight.compress.report import CompressReport
+from liveweight.compress.residual import JoinedBlock
 
 # A whole model is measured this many times longer than a candidate.
 LONGER = 4.0
@@ -38,23 +39,37 @@ class Whole:
         self.settings = settings
         self.report = report
         self.layouts = Layouts(model, inputs, settings, report)
+        self.joined: list[JoinedBlock] = []
         self.trials = 0
         self._lowest = 1.0  # the speed-up of the last set of choices that did not help
 
-    def settle(self, chosen: list[Replacement], graph: _graph.Graph | None) -> None:
-        """Keep the choices that make the model faster, put them in place, and fill the report."""
-        for replacement in chosen:
-            replacement.apply()
+    def settle(
+        self, chosen: list[Replacement], joined: list[JoinedBlock], graph: _graph.Graph | None
+    ) -> None:
+        """Keep the choices that make the model faster, put them in place, and fill the report.
+
+        A residual block stays joined where its last convolution stays replaced.
+        """
+        self.joined = joined
+        self._put(chosen, True)
         self.layouts.choose(chosen, graph)
         kept, lost = self._back_off(sorted(chosen, key=lambda r: r.saved_us))
-        for replacement in chosen:
-            replacement.undo()
+        self._put(chosen, False)
         for weak in lost:
             weak.give_up(f"undone: the whole model ran at {self._lowest:.2f}x of dense with it")
-        for replacement in kept:
-            replacement.apply()
+        count = self._put(kept, True)
+        if count:
+            self.report.notes.append(f"the sums of {count} residual blocks are written in place")
         if not kept:
             self.report.notes.append("no layer was changed: the model is as it was")
+
+    def _put(self, chosen: list[Replacement], used: bool) -> int:
+        """Put these choices in place or take them back; return how many blocks go with them."""
+        names = {replacement.name for replacement in chosen}
+        blocks = [block for block in self.joined if block.conv in names]
+        for change in (*chosen, *blocks):
+            (change.apply if used else change.undo)()
+        return len(blocks)
 
     def _back_off(self, chosen: list[Replacement]) -> tuple[list[Replacement], list[Replacement]]:
         """Return the choices to keep and those to undo; chosen rises in what it saves.
@@ -108,11 +123,7 @@ class Whole:
 
     def _time(self, chosen: list[Replacement], inputs: ExampleInputs, budget: float) -> Timings:
         def set_up(used: bool) -> Callable[[], None]:
-            def prepare() -> None:
-                for replacement in chosen:
-                    (replacement.apply if used else replacement.undo)()
-
-            return prepare
+            return lambda: self._put(chosen, used)
 
         def call() -> object:
             return self.model(*inputs.args, **inputs.kwargs)
