@@ -79,7 +79,7 @@ def test_the_fastest_layout_is_kept(tmp_path):
 
 def test_a_layout_that_gains_nothing_is_not_kept():
     model = ThreeConvs()
-    clock = LayoutClock({"channels_last throughout": 9.9})
+    clock = LayoutClock({"channels_last throughout": 9.95})
     report = compressed(model, clock)
     assert [m.layout for m in (model.a, model.b, model.c)] == [None] * 3
     assert report.layout is None and clock.asked

@@ -8,7 +8,7 @@ from torch import nn
 
 from liveweight.compress import compress_
 from liveweight.compress.measure import Timings
-from liveweight.nn import SparseLinear
+from liveweight.nn import PackedConv2d, SparseLinear
 
 
 class WholeClock:
@@ -75,3 +75,49 @@ def test_trials_are_bounded(nets):
     model = nets.sparsify(nn.Sequential(*layers), 0.4)
     sparse, _, clock = kept(model, lambda s: 10.0 + len(s))
     assert sparse == set() and clock.trials <= 12
+
+
+class TieClock:
+    """Packed convolutions take `alone` where dense takes 10; a model with them takes `inside`."""
+
+    def __init__(self, alone: float, inside: float, joined: float = 20.0) -> None:
+        self.alone, self.inside, self.joined = alone, inside, joined
+
+    def __call__(self, calls, *, prepare=None, **options):
+        if "compressed" in calls:
+            found = {}
+            for name in calls:
+                prepare[name]()
+                packed = isinstance(self.model[0], PackedConv2d) and self.model[0].packs
+                found[name] = [self.inside if packed else 10.0 - (name == "compressed")] * 8
+            return Timings(found)
+        times = {"dense": 10.0}
+        times |= {n: self.joined if "joined" in n else self.alone for n in calls if n != "dense"}
+        return Timings({n: [times[n]] * 8 for n in calls})
+
+
+def tied(clock, norm=False):
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)] if norm else [nn.Conv2d(3, 4, 3)]
+    clock.model = nn.Sequential(*layers).eval()
+    report = compress_(clock.model, torch.randn(2, 3, 6, 6), formats=["dense"], measure=clock)
+    return report, clock.model[0]
+
+
+def test_packed_layers_that_tie_alone_are_taken_where_the_whole_gains():
+    report, layer = tied(TieClock(alone=10.5, inside=5.0))
+    assert isinstance(layer, PackedConv2d) and report.changed == ["0"]
+    assert report.speedup == pytest.approx(10 / 5, rel=0.2) and not report.notes
+    assert "2.00x with all such layers" in report.layers[0].reason
+
+
+@pytest.mark.parametrize(("alone", "inside"), [(10.5, 10.0), (12.0, 5.0)])
+def test_packed_layers_that_lose_or_gain_nothing_are_not(alone, inside):
+    report, layer = tied(TieClock(alone, inside))
+    assert type(layer) is nn.Conv2d and not report.changed
+
+
+@pytest.mark.parametrize(("inside", "packs"), [(4.0, True), (10.0, False)])
+def test_a_tie_with_a_joined_layer_takes_its_place(inside, packs):
+    report, layer = tied(TieClock(alone=5.2, inside=inside, joined=5.0), norm=True)
+    assert layer.packs is packs and report.changed == ["0"]
+    assert report.layers[0].chosen == ("dense, packed" if packs else "dense, joined")

@@ -127,7 +127,7 @@ def _compress(model: nn.Module, inputs: ExampleInputs, settings: Settings) -> Co
     _check_whole(model, inputs, expected, [*chosen, *joined])
     sizes = settings.batch_sizes or (settings.own_batch,)
     at_sizes = {size: resize_inputs(inputs, size) for size in sizes}
-    Whole(model, at_sizes, settings, report).settle(chosen, joined, graph)
+    Whole(model, at_sizes, settings, report).settle(chosen, joined, chooser.ties, graph)
     return report
 
 

@@ -25,6 +25,9 @@ from liveweight.compress.work import work_of
 
 # A candidate this many times slower in its warm-up is not measured any further.
 GIVE_UP_BEYOND = 8.0
+# A packed dense layer that reaches this share of the dense one's speed is no clear loss: inside the
+# model, where other layers empty the caches, it may be the faster one.
+TIE = 0.9
 
 
 @dataclass
@@ -51,13 +54,17 @@ class Settings:
 
 
 class Chooser:
-    """Chooses for the layers of one model, one after the other."""
+    """Chooses for the layers of one model, one after the other.
+
+    ties  packed dense layers about as fast alone as what was chosen: the layer as it is, or joined
+    """
 
     def __init__(self, model: nn.Module, settings: Settings, report: CompressReport) -> None:
         self.model = model
         self.settings = settings
         self.report = report
         self.machine = machine_key(torch.get_num_threads())
+        self.ties: list[Replacement] = []
 
     def choose(
         self, name: str, row: ChoiceRow, found: Sample, layer: _graph.Layer | None
@@ -84,14 +91,19 @@ class Chooser:
         choice = combine(chain, verdicts, candidates, self.settings.own_batch)
         row.candidates = _named_by_size(verdicts, "times_us")
         row.reason = "; ".join([choice.reason, *refused, *(["cached"] if row.cached else [])])
+        rows = max(work_of(chain.layer, "dense", x).rows for x in inputs.values())
+        tie = _find_tie(verdicts, candidates, choice.candidate)
+        self.ties += [Replacement(self.model, name, tie, row, 0.0, rows)] if tie else []
         if choice.candidate is None:
             return None
         row.chosen, row.speedup = choice.candidate.format, choice.speedup
         row.by_batch = choice.by_batch
         absorbed = choice.candidate.absorbed
         row.parts = (name, *absorbed) if absorbed else ()
-        rows = max(work_of(chain.layer, "dense", x).rows for x in inputs.values())
-        return Replacement(self.model, name, choice.candidate, row, choice.saved_us, rows)
+        found = Replacement(self.model, name, choice.candidate, row, choice.saved_us, rows)
+        if tie:
+            self.ties[-1].follow(found)
+        return found
 
     def _plans(self, chain: Chain, density: float) -> list[Plan]:
         """Return what to build for a chain; raise ValueError with the reason where it is nothing.
@@ -206,9 +218,28 @@ class Chooser:
         return [self.settings.threshold, predicts]
 
 
+def _find_tie(
+    verdicts: dict[int, Verdict], candidates: list[Candidate], chosen: Candidate | None
+) -> Candidate | None:
+    """Return the packed dense layer if it is about as fast as an unpacked one that was chosen."""
+    packed = next((c for c in candidates if c.format == packing.LABEL), None)
+    if packed is None or (chosen is not None and chosen.format != packing.JOINED):
+        return None
+    if chosen is not None and chosen.absorbed != packed.absorbed:
+        return None
+    times = [verdict.times_us for verdict in verdicts.values()]
+    label = "dense" if chosen is None else chosen.label
+    close = all(t.get(packed.label, math.inf) * TIE <= t.get(label, 0.0) for t in times)
+    return packed if close else None
+
+
 def _labels_needed(verdicts: dict[int, Verdict]) -> set[str]:
     if len(verdicts) == 1:
-        return {v.winner for v in verdicts.values()} - {"dense"}
+        (verdict,) = verdicts.values()
+        packed = {name for name in verdict.times_us if name.startswith(packing.LABEL)}
+        if verdict.winner == "dense":
+            return packed
+        return {verdict.winner} | (packed if verdict.winner.startswith(packing.JOINED) else set())
     return {name for v in verdicts.values() for name in v.speedups}
 
 

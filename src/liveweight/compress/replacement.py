@@ -27,8 +27,10 @@ class Replacement:
         self.model = model
         self.name = name
         self.row = row
+        self.winner = winner
         self.saved_us = saved_us
         self.rows = rows
+        self.base: Replacement | None = None
         dense = model.get_submodule(name)
         if hasattr(dense, "shrunk_from"):
             winner.module.shrunk_from = dict(dense.shrunk_from)
@@ -46,6 +48,20 @@ class Replacement:
         """Put the dense modules back."""
         for name, module in self.old.items():
             edit.replace_module_(self.model, name, module)
+
+    def follow(self, base: Replacement) -> None:
+        """Take the place of another choice for the same modules, which undo brings back."""
+        self.base, self.old = base, dict(base.new)
+
+    def take(self, reason: str) -> None:
+        """Put the new module in place although it did not win alone, and say why."""
+        self.apply()
+        row, absorbed = self.row, self.winner.absorbed
+        row.chosen, row.parts = self.winner.format, (self.name, *absorbed) if absorbed else ()
+        times = row.candidates
+        if times.get("dense") and times.get(self.winner.label):
+            row.speedup = times["dense"] / times[self.winner.label]
+        row.reason = f"{reason} ({row.reason})"
 
     def give_up(self, reason: str) -> None:
         """Put the dense modules back for good, and say why."""
