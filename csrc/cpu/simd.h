@@ -6,13 +6,14 @@
 //
 //   zero() broadcast(s)            load(p) load_first(p, n)     store(p, v) store_first(p, v, n)
 //   first(n) mask_from_bits(b)     load(p, mask)                store(p, v, mask)  bits(mask)
-//   + - * fma(a, b, c) = a * b + c   max(a, b) min(a, b) abs(v) relu(v)
+//   + - * fma(a, b, c) = a * b + c   fma(a, b, c, mask): c where the mask is not set
+//   max(a, b) min(a, b) abs(v) relu(v)
 //   greater(a, b) select(mask, a, b) count_greater(count, v, limit) = count + (v > limit)
 //   gather(base, index) gather(base, index, n)    expand_load(p, bits)   index: int32, uint16, uint8
 //   with_previous(v, before): lane l - 1 of v, before lane 0 the last of `before`; with_next(v, after)
 //   reduce_add(v) reduce_max(v)    popcount(bits) prefetch(p)
 //
-// load and load_first also take Bf16 and Half and widen to fp32; store and store_first also take Bf16
+// load and load_first also take Bf16 and Half, expand_load also Bf16, and widen to fp32; store and store_first also take Bf16
 // and round to the nearest, ties to even. Where n lanes are asked for, n is
 // in [0, kLanes], no byte past them is touched and the other lanes are 0. max and min return b
 // when either side is NaN (as x86 does); relu keeps NaN.
@@ -90,6 +91,9 @@ LW_INLINE float to_float(Half value) {
   return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));
 }
 
+#if !defined(__AVX512F__)
+LW_INLINE Vec fma(Vec a, Vec b, Vec c, Mask mask) { return select(mask, fma(a, b, c), c); }
+#endif
 #if !defined(__AVX2__)
 LW_INLINE void store_first(Bf16* p, Vec v, int n) {
   for (int lane = 0; lane < n; ++lane) p[lane] = to_bf16(v.v[lane]);

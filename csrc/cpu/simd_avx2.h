@@ -124,7 +124,8 @@ struct ExpandTable {
 alignas(64) static constexpr ExpandTable kExpand;
 
 // Lane l gets the next value of p when bit l is set, else 0; reads popcount(b) values.
-LW_INLINE Vec expand_load(const float* p, uint32_t b) {
+template <class T>
+LW_INLINE Vec expand_load(const T* p, uint32_t b) {
   const Vec packed = load_first(p, __builtin_popcount(b & 255));
   const __m128i places = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpand.place[b & 255]));
   const __m256 spread = _mm256_permutevar8x32_ps(packed.v, _mm256_cvtepu8_epi32(places));

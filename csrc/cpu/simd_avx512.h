@@ -60,6 +60,9 @@ LW_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 LW_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 LW_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 LW_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+LW_INLINE Vec fma(Vec a, Vec b, Vec c, Mask mask) {
+  return {_mm512_mask3_fmadd_ps(a.v, b.v, c.v, mask.m)};
+}
 LW_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 LW_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 LW_INLINE Vec abs(Vec v) { return {_mm512_abs_ps(v.v)}; }
@@ -101,6 +104,10 @@ LW_INLINE Vec gather(const float* base, const uint16_t* index, int n) {
 // Lane l gets the next value of p when bit l is set, else 0; reads popcount(b) values.
 LW_INLINE Vec expand_load(const float* p, uint32_t b) {
   return {_mm512_maskz_expandloadu_ps(static_cast<__mmask16>(b), p)};
+}
+LW_INLINE Vec expand_load(const Bf16* p, uint32_t b) {
+  const Vec packed = load_first(p, __builtin_popcount(b));
+  return {_mm512_maskz_expand_ps(static_cast<__mmask16>(b), packed.v)};
 }
 
 LW_INLINE Vec with_previous(Vec v, Vec before) {

@@ -87,10 +87,11 @@ LW_INLINE Vec gather(const float* base, const Index* index, int n) {
   return v;
 }
 // Lane l gets the next value of p when bit l is set, else 0; reads popcount(b) values.
-LW_INLINE Vec expand_load(const float* p, uint32_t b) {
+template <class T>
+LW_INLINE Vec expand_load(const T* p, uint32_t b) {
   Vec v = zero();
   for (int lane = 0; lane < kLanes; ++lane) {
-    if (b >> lane & 1) v.v[lane] = *p++;
+    if (b >> lane & 1) v.v[lane] = to_float(*p++);
   }
   return v;
 }

@@ -1,184 +1,24 @@
-// y = act(x W^T + b) for W in tiles of rows and columns with one-byte columns.
+// y = act(x W^T + b) for W in tiles of rows and columns with one-byte columns: the launcher.
 //
 // Batches are turned into panels (panels.h): one kept weight is then one broadcast and a few
-// multiply-adds. The columns of a tile are so few that their part of the panel stays in the
-// first-level cache, values and columns are read as one stream, and the sums of a block of rows stay
-// close. Up to four samples have too few lanes to share: their input is gathered
-// (unstructured_linear_gather.cpp). The order of a sum never depends on threads.
+// multiply-adds (unstructured_linear_panels.cpp). A few samples have too few lanes to share: weights
+// are spread beside the input where many are kept (unstructured_linear_expand.cpp), or the input is
+// gathered (unstructured_linear_gather.cpp). bf16 operands are added up in fp32; the result
+// is rounded once. The order of a sum never depends on threads.
 #include "unstructured_linear.h"
 
 #include "activation.h"
-
-namespace liveweight {
-
-// What becomes of the sums of a block of rows.
-struct RowsOut {
-  const float* bias;  // of the block's first row, or null
-  float* y;           // of the panel's first sample and the block's first row
-  int64_t sample_step, row_step;
-  int activation;
-};
-
-}  // namespace liveweight
-
-LW_DECLARE(void linear_fill(const float* x, int64_t row, int64_t column, int64_t K, Panel panel,
-                            int64_t begin, int64_t end, float* out))
-LW_DECLARE(void linear_block(const float* panel, int width, const Tiles& w, int64_t block, float* sums))
-LW_DECLARE(void linear_finish(float* sums, int samples, int width, int rows, const RowsOut& out))
-
-namespace liveweight::LW_ISA {
-
-// Columns [begin, end) of the panel's samples; x[m, k] is x[m * row + k * column]. Columns from K to
-// end, which fill up the last tile, become 0: no entry names them.
-void linear_fill(const float* x, int64_t row, int64_t column, int64_t K, Panel panel, int64_t begin,
-                 int64_t end, float* out) {
-  const int64_t stop = end < K ? end : K;
-  x += panel.first * row;
-  if (column == 1) {
-    fill_panel(x, row, panel.count, panel.width, begin, stop, out);
-  } else {
-    for (int64_t k = begin; k < stop; ++k) {
-      const float* from = x + k * column;
-      float* to = out + k * panel.width;
-      int m = 0;
-      for (; m + kLanes <= panel.count; m += kLanes) store(to + m, load(from + m));
-      if (m < panel.count) store_first(to + m, load_first(from + m, panel.count - m), panel.count - m);
-      for (m = panel.count; m < panel.width; ++m) to[m] = 0.0f;
-    }
-  }
-  for (int64_t i = stop * panel.width; i < end * panel.width; ++i) out[i] = 0.0f;
-}
-
-// The column numbers of eight entries in one word, or of one entry.
-struct Bytes {
-  typedef uint8_t Index;
-  uint64_t word;
-  explicit Bytes(const uint8_t* p) { __builtin_memcpy(&word, p, sizeof word); }
-  int64_t at(int i) const { return int64_t(word >> (8 * i) & 255); }
-};
-struct Shorts {
-  typedef uint16_t Index;
-  uint64_t word[2];
-  explicit Shorts(const uint16_t* p) { __builtin_memcpy(word, p, sizeof word); }
-  int64_t at(int i) const { return int64_t(word[i / 4] >> (16 * (i % 4)) & 65535); }
-};
-
-// sums[0 .. kWidth) += sum over `count` entries of value * row of the panel.
-template <int kWidth, class Eight>
-LW_INLINE void add_segment(const float* panel, const float* values, const typename Eight::Index* places,
-                           int count, float* sums) {
-  constexpr int kStep = kWidth < kLanes ? kWidth : kLanes;
-  constexpr int kParts = kWidth / kStep;
-  constexpr int kChains = kParts >= 4 ? 1 : 4;  // more sums hide the FMA's latency
-  Lanes<kStep> acc[kChains][kParts];
-#pragma GCC unroll 16
-  for (int part = 0; part < kParts; ++part) acc[0][part] = load_lanes<kStep>(sums + part * kStep);
-#pragma GCC unroll 8
-  for (int chain = 1; chain < kChains; ++chain) {
-#pragma GCC unroll 16
-    for (int part = 0; part < kParts; ++part) acc[chain][part] = Lanes<kStep>{};
-  }
-  int i = 0;
-  for (; i + 8 <= count; i += 8) {
-    const Eight eight(places + i);
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
-      const float* row = panel + eight.at(j) * kWidth;
-#pragma GCC unroll 16
-      for (int part = 0; part < kParts; ++part) {
-        acc[j % kChains][part] += values[i + j] * load_lanes<kStep>(row + part * kStep);
-      }
-    }
-  }
-  for (; i < count; ++i) {
-    const float* row = panel + int64_t(places[i]) * kWidth;
-#pragma GCC unroll 16
-    for (int part = 0; part < kParts; ++part) {
-      acc[0][part] += values[i] * load_lanes<kStep>(row + part * kStep);
-    }
-  }
-#pragma GCC unroll 16
-  for (int part = 0; part < kParts; ++part) {
-#pragma GCC unroll 8
-    for (int chain = 1; chain < kChains; ++chain) acc[0][part] += acc[chain][part];
-    store_lanes<kStep>(sums + part * kStep, acc[0][part]);
-  }
-}
-
-template <int kWidth, class Eight>
-void block_of_tiles(const float* panel, const Tiles& w, int64_t block, float* sums) {
-  typedef typename Eight::Index Index;
-  for (int64_t i = 0; i < w.rows * kWidth; i += 4) store_lanes<4>(sums + i, Lanes<4>{});
-  const int32_t* at = w.offsets + 2 * block * w.along;
-  const float* values = w.values + at[0];
-  const Index* places = static_cast<const Index*>(w.places) + at[0];
-  for (int64_t t = 0; t < w.along; ++t, at += 2, panel += w.columns * kWidth) {
-    const Index* segment = static_cast<const Index*>(w.segments) + 2 * int64_t(at[1]);
-    const Index* stop = static_cast<const Index*>(w.segments) + 2 * int64_t(at[3]);
-    for (; segment < stop; segment += 2) {
-      const int count = int(segment[1]) + 1;
-      prefetch_entries(values, places, count);
-      add_segment<kWidth, Eight>(panel, values, places, count, sums + int64_t(segment[0]) * kWidth);
-      values += count;
-      places += count;
-    }
-  }
-}
-
-// sums [rows of a tile, width] of one block of rows and one panel.
-void linear_block(const float* panel, int width, const Tiles& w, int64_t block, float* sums) {
-#define LW_RUN(kWidth)                                              \
-  (w.wide ? block_of_tiles<kWidth, Shorts>(panel, w, block, sums) \
-          : block_of_tiles<kWidth, Bytes>(panel, w, block, sums))
-  if (width == 64) LW_RUN(64);
-  else if (width == 32) LW_RUN(32);
-  else if (width == 16) LW_RUN(16);
-  else LW_RUN(8);
-#undef LW_RUN
-}
-
-// sums [rows, width] (+)= bias, then the activation, in place.
-LW_INLINE void activate_sums(float* sums, int width, int rows, const RowsOut& out) {
-  for (int r = 0; r < rows; ++r) {
-    float* row = sums + r * width;
-    const float shift = out.bias ? out.bias[r] : 0.0f;
-    int m = 0;
-    if (out.activation <= kRelu) {
-      const float low = out.activation == kRelu ? 0.0f : -__builtin_inff();
-      for (; m + 4 <= width; m += 4) {
-        const Lanes<4> v = load_lanes<4>(row + m) + shift;
-        store_lanes<4>(row + m, v < low ? Lanes<4>{} + low : v);
-      }
-    }
-    for (; m + kLanes <= width; m += kLanes) {
-      store(row + m, activate(load(row + m) + broadcast(shift), out.activation));
-    }
-    for (; m < width; ++m) row[m] = activate(row[m] + shift, out.activation);
-  }
-}
-
-// sums [rows, width] to act(sums + bias), transposed where samples come first in y.
-void linear_finish(float* sums, int samples, int width, int rows, const RowsOut& out) {
-  if (out.bias || out.activation != kNone) activate_sums(sums, width, rows, out);
-  if (out.sample_step == 1) {
-    for (int r = 0; r < rows; ++r) {
-      float* y = out.y + r * out.row_step;
-      int m = 0;
-      for (; m + kLanes <= samples; m += kLanes) store(y + m, load(sums + r * width + m));
-      if (m < samples) store_first(y + m, load_first(sums + r * width + m, samples - m), samples - m);
-    }
-  } else {
-    empty_panel(sums, width, samples, rows, out.y, out.sample_step);
-  }
-}
-
-}  // namespace liveweight::LW_ISA
 
 #ifdef LW_BASE
 namespace liveweight {
 namespace {
 
-constexpr int kGathered = 4;  // samples up to which gathering beats panels
+constexpr int kGathered = 2;  // samples up to which gathering beats panels
+
+// Density from which spreading the weights beats gathering (1 and 2 samples) or panels (3 and 4).
+// AVX-512 spreads a vector in one instruction; elsewhere the other two are faster.
+constexpr int kSpread = 4;
+constexpr double kSpreadFrom[kSpread] = {0.35, 0.22, 0.3, 0.35};
 
 struct Linear {
   const float* x;
@@ -245,7 +85,12 @@ struct Linear {
     });
   }
 
-  void run_gathered(int64_t threads) const {
+  bool spreads() const {
+    return M <= kSpread && w.bits && cpu_isa() == Isa::avx512 &&
+           double(kept_entries(w)) >= kSpreadFrom[M - 1] * double(N) * double(padded());
+  }
+
+  void run_few(int64_t threads) const {
     // Samples as rows of whole tiles, so that any column number names memory that is there.
     const bool copy = x_column != 1 || padded() != K;
     Workspace<float> rows(copy ? M * padded() : 0);
@@ -253,12 +98,13 @@ struct Linear {
       for (int64_t k = 0; k < K; ++k) rows[m * padded() + k] = x[m * x_row + k * x_column];
       std::fill(rows.data() + m * padded() + K, rows.data() + (m + 1) * padded(), 0.0f);
     }
+    const auto kernel = spreads() ? LW_SELECT(linear_expand) : LW_SELECT(linear_gather);
     const float* from = copy ? rows.data() : x;
     const int64_t step = copy ? padded() : x_row;
     parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
       Workspace<float> lanes(w.rows * M * 16), sums(w.rows * M);
       for (int64_t b = share_blocks(w, begin, threads); b < share_blocks(w, end, threads); ++b) {
-        LW_SELECT(linear_gather)(from, step, int(M), w, b, lanes.data(), sums.data());
+        kernel(from, step, int(M), w, b, lanes.data(), sums.data());
         finish(sums.data(), b, 0, int(M), int(M));
       }
     });
@@ -268,7 +114,7 @@ struct Linear {
     if (M == 0 || N == 0) return;
     // A gathered multiply-add takes as long as six in lanes.
     const int64_t threads = threads_for(double(kept_entries(w)) * double(M <= kGathered ? 6 * M : M));
-    if (M <= kGathered) return run_gathered(threads);
+    if (spreads() || M <= kGathered) return run_few(threads);
     const std::vector<Panel> panels = split_panels(0, M, 8);
     const int64_t count = int64_t(panels.size());
     const bool even = M % 64 == 0 && count % threads == 0;
@@ -277,29 +123,55 @@ struct Linear {
   }
 };
 
+// The numbers of a bf16 tensor as float32, in the same order.
+void widen(const Bf16* from, int64_t count, float* out) {
+  parallel_for(count, 1 << 16, [&](int64_t begin, int64_t end) {
+    LW_SELECT(linear_widen)(from + begin, end - begin, out + begin);
+  });
+}
+
+// Runs the job on bf16 x and bias (null: none) into bf16 y, the latter in the order of job.y_row.
+void run_bf16(Linear job, const Bf16* x, const Bf16* bias, Bf16* y) {
+  Workspace<float> wide_x(job.M * job.K), wide_bias(job.N), wide_y(job.M * job.N);
+  widen(x, job.M * job.K, wide_x.data());
+  widen(bias, bias ? job.N : 0, wide_bias.data());
+  job.x = wide_x.data(), job.bias = bias ? wide_bias.data() : nullptr, job.y = wide_y.data();
+  job.run();
+  parallel_for(job.M * job.N, 1 << 16, [&](int64_t begin, int64_t end) {
+    LW_SELECT(linear_narrow)(wide_y.data() + begin, end - begin, y + begin);
+  });
+}
+
 Tensor unstructured_linear(const Tensor& x, const Tensor& values, const Tensor& columns,
-                           const Tensor& segments, const Tensor& offsets, const std::vector<int64_t>& tile,
-                           int64_t out_features, const std::optional<Tensor>& bias, int64_t activation,
-                           bool batch_last) {
+                           const Tensor& segments, const Tensor& offsets, const Tensor& bits,
+                           const std::vector<int64_t>& tile, int64_t out_features,
+                           const std::optional<Tensor>& bias, int64_t activation, bool batch_last) {
   const char* op = "unstructured_linear";
   LW_CHECK(x.dim() == 2, op, ": expected 2-D x, got shape ", shape_of(x));
+  const bool bf16 = x.scalar_type() == ScalarType::BFloat16;
+  const ScalarType dtype = bf16 ? ScalarType::BFloat16 : ScalarType::Float;
   Linear job{};
   job.M = x.size(0), job.K = x.size(1), job.N = out_features;
   const bool last = !x.is_contiguous();  // sample after sample in a feature
-  job.x = checked_data<float>(op, "x", last ? torch::stable::transpose(x, 0, 1) : x, 2, ScalarType::Float);
+  const void* from = checked_data<void>(op, "x", last ? torch::stable::transpose(x, 0, 1) : x, 2, dtype);
   job.x_row = last ? 1 : job.K, job.x_column = last ? job.M : 1;
-  job.w = check_tiles(op, values, columns, segments, offsets, tile, job.N, job.K);
-  if (bias) {
-    job.bias = checked_data<float>(op, "bias", *bias, 1, ScalarType::Float);
-    LW_CHECK(bias->numel() == job.N, op, ": expected bias [", job.N, "], got ", shape_of(*bias));
-  }
+  job.w = check_tiles(op, values, columns, segments, offsets, tile, job.N, job.K, dtype);
+  job.w.bits = check_bits(op, bits, job.w, columns.numel(), segments.size(0));
+  const void* shift = bias ? checked_data<void>(op, "bias", *bias, 1, dtype) : nullptr;
+  LW_CHECK(!bias || bias->numel() == job.N, op, ": expected bias [", job.N, "], got ", shape_of(*bias));
   LW_CHECK(activation >= 0 && activation < kActivations, op, ": unknown activation ", activation);
   job.activation = int(activation);
   Tensor y = torch::stable::new_empty(x, batch_last ? std::vector<int64_t>{job.N, job.M}
                                                     : std::vector<int64_t>{job.M, job.N});
-  job.y = static_cast<float*>(y.mutable_data_ptr());
   job.y_row = batch_last ? 1 : job.N, job.y_column = batch_last ? job.M : 1;
-  job.run();
+  if (bf16) {
+    run_bf16(job, static_cast<const Bf16*>(from), static_cast<const Bf16*>(shift),
+             static_cast<Bf16*>(y.mutable_data_ptr()));
+  } else {
+    job.x = static_cast<const float*>(from), job.bias = static_cast<const float*>(shift);
+    job.y = static_cast<float*>(y.mutable_data_ptr());
+    job.run();
+  }
   return batch_last ? torch::stable::transpose(y, 0, 1) : y;
 }
 

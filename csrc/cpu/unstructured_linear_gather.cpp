@@ -1,14 +1,14 @@
-// unstructured_linear for one to four samples, too few to share lanes: the input is gathered by column
+// unstructured_linear for one or two samples, too few to share lanes: the input is gathered by column
 // number, each number once for all samples. Sums stay in lanes until their block of rows ends.
 #include "unstructured_linear.h"
 
 namespace liveweight::LW_ISA {
 
-template <int kSamples, class Index>
+template <int kSamples, class Index, class Value>
 void gather_block(const float* x, int64_t step, const Tiles& w, int64_t block, float* lanes, float* sums) {
   for (int64_t i = 0; i < w.rows * kSamples; ++i) store(lanes + i * kLanes, zero());
   const int32_t* at = w.offsets + 2 * block * w.along;
-  const float* values = w.values + at[0];
+  const Value* values = static_cast<const Value*>(w.values) + at[0];
   const Index* places = static_cast<const Index*>(w.places) + at[0];
   for (int64_t t = 0; t < w.along; ++t, at += 2, x += w.columns) {
     const Index* segment = static_cast<const Index*>(w.segments) + 2 * int64_t(at[1]);
@@ -38,17 +38,15 @@ void gather_block(const float* x, int64_t step, const Tiles& w, int64_t block, f
   for (int64_t i = 0; i < w.rows * kSamples; ++i) sums[i] = reduce_add(load(lanes + i * kLanes));
 }
 
-// sums [rows of a tile, samples] of one block, for one to four samples of x, `step` apart; lanes is
+// sums [rows of a tile, samples] of one block, for one or two samples of x, `step` apart; lanes is
 // scratch of 16 times their size.
 void linear_gather(const float* x, int64_t step, int samples, const Tiles& w, int64_t block, float* lanes,
                    float* sums) {
-#define LW_RUN(kSamples)                                                   \
-  (w.wide ? gather_block<kSamples, uint16_t>(x, step, w, block, lanes, sums)     \
-          : gather_block<kSamples, uint8_t>(x, step, w, block, lanes, sums))
-  if (samples == 1) LW_RUN(1);
-  else if (samples == 2) LW_RUN(2);
-  else if (samples == 3) LW_RUN(3);
-  else LW_RUN(4);
+#define LW_RUN(kSamples, Value)                                                  \
+  (w.wide ? gather_block<kSamples, uint16_t, Value>(x, step, w, block, lanes, sums) \
+          : gather_block<kSamples, uint8_t, Value>(x, step, w, block, lanes, sums))
+  if (w.bf16) samples == 1 ? LW_RUN(1, Bf16) : LW_RUN(2, Bf16);
+  else samples == 1 ? LW_RUN(1, float) : LW_RUN(2, float);
 #undef LW_RUN
 }
 

@@ -41,7 +41,7 @@ struct Groups {
     const int64_t entry = tiles.offsets[2 * g], segment = tiles.offsets[2 * g + 1];
     const int64_t size = tiles.wide ? 2 : 1;
     return {static_cast<const char*>(tiles.places) + entry * size,
-            static_cast<const char*>(tiles.segments) + 2 * segment * size, tiles.values + entry,
+            static_cast<const char*>(tiles.segments) + 2 * segment * size, static_cast<const float*>(tiles.values) + entry,
             tiles.offsets[2 * g + 3] - int32_t(segment), tiles.wide};
   }
   int64_t padded_rows() const { return tiles.blocks * tiles.rows + 256; }

@@ -19,6 +19,7 @@ SCHEMAS: dict[str, str] = {
         Tensor columns,
         Tensor segments,
         Tensor offsets,
+        Tensor bits,
         int[2] tile,
         int out_features,
         Tensor? bias,

@@ -68,6 +68,15 @@ static void check_masks(const float* a, const float* b, const int32_t* index) {
     expect_lanes("expand_load", expand_load(a, m), [&](int i) {
       return on(i) ? a[popcount(m & ((1u << i) - 1))] : 0.0f;
     });
+    Bf16 brains[kLanes];
+    for (int i = 0; i < kLanes; ++i) brains[i] = to_bf16(a[i]);
+    expect_lanes("expand_load bf16", expand_load(brains, m), [&](int i) {
+      return on(i) ? to_float(brains[popcount(m & ((1u << i) - 1))]) : 0.0f;
+    });
+    float sums[kLanes];
+    store(sums, fma(load(a), load(b), load(b)));
+    expect_lanes("fma mask", fma(load(a), load(b), load(b), mask_from_bits(m)),
+                 [&](int i) { return on(i) ? sums[i] : b[i]; });
     float out[kLanes];
     store(out, load(b));
     store(out, load(a), mask_from_bits(m));

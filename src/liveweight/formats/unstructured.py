@@ -14,6 +14,7 @@ from liveweight.formats import pattern
 
 MAX_ROWS = 256  # of a tile
 MAX_COLUMNS = 32768
+MOST_BITS = 6  # stored where they take at most so many for each kept weight
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,10 +29,13 @@ class Unstructured(pattern.PackedWeight):
     columns   [nnz] uint8 (T <= 256) or int16: column of the entry inside its tile
     segments  [S, 2] like columns: row inside its tile, number of entries - 1
     offsets   [tiles + 1, 2] int32: first entry and first segment of each tile
+    bits      [S, T / 8] uint8: bit c % 8 of byte c // 8 is set where column c of the tile is kept.
+              Repeats columns for kernels that read bits faster; [0, 0] where few weights are kept
     shape     (N, K) = (out_features, in_features)
     tile      (R, T), R <= 256, T <= 32768
 
-    With one-byte columns a kept weight takes 5 bytes in fp32, and a segment 2.
+    With one-byte columns a kept weight takes 5 bytes in fp32, and a segment 2; where bits are
+    stored, from a density of about 1/6 on, they take at most 0.75 bytes for each weight.
     The constructor stores what it is given; ``validate`` checks it.
     """
 
@@ -41,6 +45,7 @@ class Unstructured(pattern.PackedWeight):
     columns: Tensor
     segments: Tensor
     offsets: Tensor
+    bits: Tensor
     shape: tuple[int, int]
     tile: tuple[int, int]
 
@@ -62,7 +67,8 @@ class Unstructured(pattern.PackedWeight):
         tile = check_tile(tile) if tile is not None else pick_tile(shape)
         order, columns, segments, offsets = tile_pattern(mask, tile)
         values = weight.detach().reshape(-1)[order]
-        return cls(values, columns, segments, offsets, shape, tile)
+        bits = segment_bits(mask, segments, offsets, tile)
+        return cls(values, columns, segments, offsets, bits, shape, tile)
 
     def coordinates(self) -> tuple[Tensor, Tensor]:
         """Return (rows, columns) of the entries in the order of values: int64 [nnz] each."""
@@ -89,6 +95,7 @@ class Unstructured(pattern.PackedWeight):
         if not torch.equal(ends[segments], entries):
             raise ValueError("Unstructured: segments and offsets count different entries")
         self._check_places(counts)
+        self._check_bits(counts)
         return self
 
     def _check_index(self) -> None:
@@ -144,8 +151,58 @@ class Unstructured(pattern.PackedWeight):
         if names.unique().numel() != names.numel():
             raise ValueError("Unstructured: a row stands twice in a tile")
 
+    def _check_bits(self, counts: Tensor) -> None:
+        """Raise unless bits are absent or name the columns of every segment."""
+        if self.bits.dtype != torch.uint8:
+            raise TypeError(f"Unstructured: bits must be uint8, got {_word(self.bits)}")
+        if self.bits.device != self.columns.device:
+            raise ValueError(
+                f"Unstructured: bits on {self.bits.device}, columns on {self.columns.device}"
+            )
+        if self.bits.numel() == 0:
+            return
+        size = (len(counts), self.tile[1] // 8)
+        if not takes_bits(self.tile) or tuple(self.bits.shape) != size:
+            raise ValueError(
+                f"Unstructured: bits must be {list(size)} for a tile of 16, 32, ... 256 columns or "
+                f"empty, got {list(self.bits.shape)} for tile {self.tile}"
+            )
+        places = self.bits.unsqueeze(-1) & _powers(self.bits)
+        segment, column = places.flatten(1).nonzero(as_tuple=True)
+        same = torch.equal(torch.bincount(segment, minlength=len(counts)), counts)
+        if not (same and torch.equal(column, self.columns.long())):
+            raise ValueError("Unstructured: bits and columns name different entries")
+
     def _tensors(self) -> tuple[Tensor, ...]:
-        return self.values, self.segments, self.offsets, self.columns
+        return self.values, self.segments, self.offsets, self.bits, self.columns
+
+
+def takes_bits(tile: tuple[int, int]) -> bool:
+    """Return whether columns of a tile can be told by bits: 16, 32, ... 256 of them."""
+    return tile[1] <= 256 and tile[1] % 16 == 0
+
+
+def segment_bits(mask: Tensor, segments: Tensor, offsets: Tensor, tile: tuple[int, int]) -> Tensor:
+    """Return which columns each segment of a mask [N, K] keeps, as bits [S, T / 8] uint8.
+
+    Bit c % 8 of byte c // 8 is column c. Empty [0, 0] where there would be more than MOST_BITS
+    for each kept weight or the tile does not allow them.
+    """
+    rows, along = tiles_of(tuple(mask.shape), tile)
+    few = segments.shape[0] * tile[1] > MOST_BITS * int(mask.count_nonzero())
+    if few or not takes_bits(tile):
+        return torch.zeros(0, 0, dtype=torch.uint8, device=mask.device)
+    padded = mask.new_zeros(rows * tile[0], along * tile[1], dtype=torch.uint8)
+    padded[: mask.shape[0], : mask.shape[1]] = mask
+    words = padded.view(rows * tile[0], along, tile[1] // 8, 8)
+    packed = (words * _powers(words)).sum(-1, dtype=torch.uint8)
+    tiles = pattern.expand_rows(offsets[:, 1], segments.shape[0])
+    row = tiles.div(along, rounding_mode="floor") * tile[0] + segments[:, 0].long()
+    return packed[row, tiles % along]
+
+
+def _powers(like: Tensor) -> Tensor:
+    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=like.device)
 
 
 def tile_places(
@@ -179,9 +236,17 @@ def check_tile(tile: tuple[int, int]) -> tuple[int, int]:
 
 
 def pick_tile(shape: tuple[int, int]) -> tuple[int, int]:
-    """Return the default tile: blocks of rows that threads can share, one byte per column."""
-    eighth = -(-shape[0] // 8)
-    return min(max(-(-eighth // 16) * 16, 16), MAX_ROWS), 256
+    """Return the default tile: blocks of rows that threads can share, one byte per column.
+
+    Tiles beside each other are equally wide, but for rounding to 16: a last one of few columns
+    would cost as much as a full one.
+    """
+    eighth, along = -(-shape[0] // 8), max(-(-shape[1] // 256), 1)
+    return _up_to_16(eighth, MAX_ROWS), _up_to_16(-(-shape[1] // along), 256)
+
+
+def _up_to_16(size: int, most: int) -> int:
+    return min(max(-(-size // 16) * 16, 16), most)
 
 
 def _word(value: Tensor | torch.dtype) -> str:

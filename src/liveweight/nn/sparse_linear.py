@@ -22,7 +22,7 @@ _op = torch.ops.liveweight.unstructured_linear.default
 class SparseLinear(SparseModule):
     """Weight-sparse (not activation-sparse) drop-in for nn.Linear: y = act(x W^T + b).
 
-    x        [..., in_features] float32 (other dtypes run in plain PyTorch)
+    x        [..., in_features] float32 or bfloat16 (other dtypes run in plain PyTorch)
     returns  [..., out_features] like x
 
     values       Parameter: the kept weights, in the order of the format
@@ -102,14 +102,15 @@ class SparseLinear(SparseModule):
         if self.format == "block":
             pattern = (index["row_offsets"], index["columns"])
             return apply_block(x, values, *pattern, shape, bias, code, self.batch_last)
-        pattern = (index["columns"], index["segments"], index["offsets"], self._fixed["tile"])
+        pattern = (index["columns"], index["segments"], index["offsets"], index["bits"])
+        tile = self._fixed["tile"]
         plain = type(x) is Tensor and x.dtype is _float32 is values.dtype and not _grad_enabled()
         if plain and x.dim() > 1 and x.shape[-1] == shape[1] and x.is_contiguous():
             # What apply_unstructured would find out in microseconds: nothing is to be changed.
             flat = x if x.dim() == 2 else x.view(x.shape[:-1].numel(), shape[1])
-            y = _op(flat, values, *pattern, shape[0], bias, code, self.batch_last)
+            y = _op(flat, values, *pattern, tile, shape[0], bias, code, self.batch_last)
             return y if x.dim() == 2 else y.view(*x.shape[:-1], shape[0])
-        return apply_unstructured(x, values, *pattern, shape, bias, code, self.batch_last)
+        return apply_unstructured(x, values, *pattern, tile, shape, bias, code, self.batch_last)
 
     def extra_repr(self) -> str:
         """Sizes, sparsity, format and backend."""

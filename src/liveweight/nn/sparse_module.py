@@ -102,7 +102,7 @@ class SparseModule(nn.Module):
 
     def _backend(self) -> str:
         device = self.values.device.type
-        if device == "cpu" and self.values.dtype != torch.float32:
+        if device == "cpu" and self.values.dtype not in (torch.float32, torch.bfloat16):
             return "reference"
         return _library.backends()[self.op].get(device, "reference")
 

@@ -19,7 +19,8 @@ def nm_linear(
 ) -> Tensor:
     """Apply a linear layer with an n:m sparse weight, as 2:4: y = act(x W^T + b).
 
-    x           [..., K] float32 (other dtypes, and devices without a kernel: plain PyTorch)
+    x           [..., K] float32 or bfloat16 (other dtypes, and devices without a kernel: plain
+                PyTorch)
     weight      [N, K], values like x
     bias        [N] like x, or None
     activation  None, "relu", "gelu" or "gelu_tanh"
@@ -32,6 +33,6 @@ def nm_linear(
     """
     if not isinstance(weight, NM):
         raise TypeError(f"nm_linear: weight must be formats.NM, got {type(weight).__name__}")
-    parts = (weight.values, weight.columns, weight.segments, weight.offsets)
+    parts = (weight.values, weight.columns, weight.segments, weight.offsets, weight.bits)
     code = activation_code(activation)
     return apply_unstructured(x, *parts, weight.tile, weight.shape, bias, code, batch_last)

@@ -8,7 +8,7 @@ from torch import Tensor
 from liveweight import _library, reference
 from liveweight.formats import Unstructured
 from liveweight.ops.activation import activation_code
-from liveweight.ops.unstructured_linear_grad import UnstructuredLinear, select
+from liveweight.ops.unstructured_linear_grad import FORWARD_DTYPES, UnstructuredLinear, select
 
 _NAME = "unstructured_linear"
 
@@ -23,7 +23,8 @@ def unstructured_linear(
 ) -> Tensor:
     """Apply a weight-sparse linear layer: y = act(x W^T + b).
 
-    x           [..., K] float32 (other dtypes, and devices without a kernel: plain PyTorch)
+    x           [..., K] float32 or bfloat16, added up in fp32 (other dtypes, and devices without a
+                kernel: plain PyTorch)
     weight      [N, K], values like x
     bias        [N] like x, or None
     activation  None, "relu", "gelu" or "gelu_tanh"
@@ -39,7 +40,7 @@ def unstructured_linear(
         raise TypeError(
             f"{_NAME}: weight must be formats.Unstructured, got {type(weight).__name__}"
         )
-    parts = (weight.values, weight.columns, weight.segments, weight.offsets)
+    parts = (weight.values, weight.columns, weight.segments, weight.offsets, weight.bits)
     code = activation_code(activation)
     return apply_unstructured(x, *parts, weight.tile, weight.shape, bias, code, batch_last)
 
@@ -50,6 +51,7 @@ def apply_unstructured(
     columns: Tensor,
     segments: Tensor,
     offsets: Tensor,
+    bits: Tensor,
     tile: tuple[int, int],
     shape: tuple[int, int],
     bias: Tensor | None,
@@ -62,13 +64,13 @@ def apply_unstructured(
     flat = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), K)
     if not (flat.is_contiguous() or flat.t().is_contiguous()):
         flat = flat.contiguous()
-    args = (flat, values, columns, segments, offsets, tile, N, bias, activation, batch_last)
+    args = (flat, values, columns, segments, offsets, bits, tile, N, bias, activation, batch_last)
     if torch.is_grad_enabled() and (
         x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
     ):
         y = UnstructuredLinear.apply(*args)
     else:
-        y = select(_op, reference.unstructured_linear, flat)(*args)
+        y = select(_op, reference.unstructured_linear, flat, FORWARD_DTYPES)(*args)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], N)
 
 
@@ -113,7 +115,9 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _fake(x, values, columns, segments, offsets, tile, out_features, bias, activation, batch_last):
+def _fake(
+    x, values, columns, segments, offsets, bits, tile, out_features, bias, activation, batch_last
+):
     if batch_last:
         return x.new_empty(out_features, x.shape[0]).t()
     return x.new_empty(x.shape[0], out_features)

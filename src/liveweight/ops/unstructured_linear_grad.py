@@ -10,12 +10,13 @@ from liveweight import _library, reference
 from liveweight.ops.activation import activation_grad
 
 _RELU = 1
+FORWARD_DTYPES = (torch.float32, torch.bfloat16)  # of the CPU kernel of the forward pass
 _HALVES = (torch.bfloat16, torch.float16)
 
 
-def select(op, plain, x: Tensor):
+def select(op, plain, x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)):
     """Return the op, or its reference where the op's CPU kernel does not know the dtype."""
-    return plain if x.is_cpu and x.dtype is not torch.float32 else op
+    return plain if x.is_cpu and x.dtype not in dtypes else op
 
 
 def _widen(tensor: Tensor) -> Tensor:
@@ -35,12 +36,23 @@ class UnstructuredLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, values, columns, segments, offsets, tile, out_features, bias, activation, batch_last
+        ctx,
+        x,
+        values,
+        columns,
+        segments,
+        offsets,
+        bits,
+        tile,
+        out_features,
+        bias,
+        activation,
+        batch_last,
     ):
-        run = select(torch.ops.liveweight.unstructured_linear.default, _forward, x)
+        run = select(torch.ops.liveweight.unstructured_linear.default, _forward, x, FORWARD_DTYPES)
         fused = activation if activation <= _RELU else 0
         index = (columns, segments, offsets)
-        y = run(x, values, *index, tile, out_features, bias, fused, batch_last)
+        y = run(x, values, *index, bits, tile, out_features, bias, fused, batch_last)
         ctx.save_for_backward(x, values, *index, y if activation else None)
         ctx.tile, ctx.activation = tile, activation
         return y if fused == activation else reference.apply_activation(y, activation)
@@ -59,9 +71,9 @@ class UnstructuredLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             run = select(_op_values, reference.unstructured_linear_grad_values, _widen(x))
             grad_values = run(_widen(grad), _widen(x.contiguous()), *index).to(x.dtype)
-        if ctx.needs_input_grad[7]:
+        if ctx.needs_input_grad[8]:
             grad_bias = grad.sum(0)
-        return grad_x, grad_values, None, None, None, None, None, grad_bias, None, None
+        return grad_x, grad_values, None, None, None, None, None, None, grad_bias, None, None
 
 
 _forward = reference.unstructured_linear

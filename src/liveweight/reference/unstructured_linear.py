@@ -18,6 +18,7 @@ def unstructured_linear(
     columns: Tensor,
     segments: Tensor,
     offsets: Tensor,
+    bits: Tensor,
     tile: Sequence[int],
     out_features: int,
     bias: Tensor | None,
@@ -28,7 +29,8 @@ def unstructured_linear(
 
     y[m, n] = act(bias[n] + sum of values[i] x[m, k] over the entries i = (n, k)). Only kept entries
     are multiplied: inf and NaN of x reach no output through a removed weight. With batch_last the
-    transpose of y is contiguous. Sums run in fp32 where x is narrower.
+    transpose of y is contiguous. Sums run in fp32 where x is narrower. bits repeat columns
+    and are not read.
     """
     rows, places = tile_places(columns, segments, offsets, tile, x.shape[1])
     wide = torch.promote_types(x.dtype, torch.float32)
