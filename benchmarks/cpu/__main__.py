@@ -1,12 +1,13 @@
 """The CPU benchmark suite in one command: JSON per table, a page and plots.
 
-    make bench-cpu                                   everything, about 20 minutes on two cores
+    make bench-cpu                                   everything, about 25 minutes on two cores
     PYTHONPATH=benchmarks python -m cpu --quick      fewer cells, into runs/bench-cpu
     PYTHONPATH=benchmarks python -m cpu --only linear,conv
     PYTHONPATH=benchmarks python -m cpu --page-only  rebuild the page from the JSON files
 
-Each table is written when it is done, and --resume skips those of the same commit. Exit code: 0
-all well, 1 a table failed, 2 no compiled kernels, 3 the machine is busy and --quiet was asked for.
+Each table is written when it is done. --resume skips those of the same commit and goes on with the
+whole nets where a run was stopped. Exit code: 0 all well, 1 a table failed, 2 no compiled kernels,
+3 the machine is busy and --quiet was asked for.
 """
 
 from __future__ import annotations
@@ -94,11 +95,11 @@ def cores_in_use(seconds: float = 0.3) -> float:
     return (ticks() - before) / os.sysconf("SC_CLK_TCK") / seconds
 
 
-def run_table(table: tables.Table, options, stamp: dict) -> dict:
+def run_table(table: tables.Table, options, stamp: dict, known: list[dict]) -> dict:
     """Measure a table; what fails ends this table alone, with the reason in its result."""
     peaks = measure_peaks()
     seconds = table.seconds or 0.5
-    settings = Settings(options.quick, seconds * options.effort, peaks=peaks)
+    settings = Settings(options.quick, seconds * options.effort, peaks=peaks, known=tuple(known))
     result: dict = {"machine": stamp, "quick": options.quick, "effort": options.effort}
     result |= {"threads": table.threads, "peak_gflops": peaks, "rows": [], "problems": []}
     result["cores_in_use_by_others"] = round(cores_in_use(), 2)
@@ -184,10 +185,11 @@ def main(words: list[str] | None = None) -> int:
     stamp, before, failed = machine(), load(options.out), []
     for table in tables.chosen(options.only):
         done = before.get(table.name)
-        same = done and done["machine"]["commit"] == stamp["commit"] and not done["problems"]
-        if options.resume and same and done["quick"] == options.quick:
+        same = options.resume and done and done["machine"]["commit"] == stamp["commit"]
+        same = same and done["quick"] == options.quick and done["effort"] == options.effort
+        if same and not done["problems"]:
             continue
-        result = run_table(table, options, stamp)
+        result = run_table(table, options, stamp, done["rows"] if same else [])
         failed += [table.name] if result.pop("failed") else []
         (options.out / f"{table.name}.json").write_text(json.dumps(result, indent=1) + "\n")
         print(f"{table.name}: {len(result['rows'])} rows, {result['seconds']:.0f} s", flush=True)

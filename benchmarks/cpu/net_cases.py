@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import nets
 import torch
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 import liveweight as lw
 from cpu.baselines import freeze
 from cpu.timing import OURS, Settings, failure, paired, relative_error
+from liveweight.compress.measure import torch_threads
 
 KINDS = {"eager": "torch", "torch.compile": "dense"}
+ONE_CORE = "liveweight, one core"
 AGREE = 1e-4  # relative error of whole nets in fp32
 QUICK = ("LeNet-300-100", "LeNet-5", "ResNet-20")
 
@@ -71,14 +73,20 @@ def whole_nets(settings: Settings) -> Iterator[dict]:
     torch._dynamo.config.recompile_limit = 64  # one code object serves many nets here
     compiled = CompiledDense()
     for name, granularity, sparsity, batch, threads in cases(settings):
+        labels = {"net": name, "granularity": granularity, "sparsity": sparsity, "batch": batch}
+        if (row := settings.find({**labels, "threads": threads})) is not None:
+            yield row
+            continue
         torch.set_num_threads(threads)
         model, x = nets.make(name, sparsity, granularity), nets.example(name, batch)
-        labels = {"net": name, "granularity": granularity, "sparsity": sparsity, "batch": batch}
         again = sparsity == 0.9 and threads == 1 and name in ("VGG-like", "encoder")
         try:
             dense = compiled.get((name, batch, threads), model, x)
             again = again and not settings.quick
-            yield one_net(labels, model, x, dense, settings, threads, again)
+            others = {}
+            if threads == 2 and batch == max(nets.NETS[name].batches):
+                others[ONE_CORE] = on_one_core(model, x)
+            yield one_net(labels, model, x, dense, settings, threads, again, others)
         except Exception as error:
             yield failure(labels, error)
 
@@ -91,11 +99,24 @@ def compress(model: nn.Module, x: Tensor) -> tuple[nn.Module, object, float]:
     return sparse, report, time.perf_counter() - start
 
 
+def on_one_core(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """Return the net compressed for one thread as a call that runs on one."""
+    with torch_threads(1):
+        sparse, _, _ = compress(model, x)
+
+    def call() -> Tensor:
+        with torch_threads(1):
+            return sparse(x)
+
+    return call
+
+
 def one_net(labels: dict, model: nn.Module, x: Tensor, dense, settings: Settings,
-            threads: int, compile_ours: bool) -> dict:  # fmt: skip
+            threads: int, compile_ours: bool, others: dict[str, Callable]) -> dict:  # fmt: skip
     """Return the row of one net: paired medians of the whole forward pass."""
     sparse, report, seconds = compress(model, x)
     calls = {OURS: lambda: sparse(x), "eager": lambda: model(x)}
+    calls |= others
     if dense is not None:
         calls["torch.compile"] = lambda: dense(x)
     row: dict = {**labels, "threads": threads, "compress_s": seconds}
@@ -110,6 +131,8 @@ def one_net(labels: dict, model: nn.Module, x: Tensor, dense, settings: Settings
     row["ratios"] = ratios
     row["torch"] = ratios["eager"]
     row["dense"] = min(r for n, r in ratios.items() if n in KINDS)
+    if ONE_CORE in ratios:
+        row["two_cores"] = ratios[ONE_CORE]
     row["changed"], row["layers"] = len(report.changed), len(report.layers)
     row["rounds"], row["busy"] = len(timings.samples[OURS]), timings.busy
     return row

@@ -148,6 +148,13 @@ def nets(table: Table, rows: list[dict]) -> str:
         )  # fmt: skip
     ours = [r for r in rows if "torch.compile of ours" in r["us"]]
     text = markdown_table(head, body, 2)
+    scaling = [f"{r['net']}, {r['granularity']}s {number(r['two_cores'])}" for r in rows
+               if "two_cores" in r and r["sparsity"] == 0.9]  # fmt: skip
+    if scaling:
+        text += (
+            "\n\nTwo cores against one at the largest batch, 90 % removed, each net compressed for "
+        )
+        text += f"its number of threads and timed in turns: {'; '.join(scaling)}."
     if ours:
         mean = geometric_mean(1 / r["ratios"]["torch.compile of ours"] for r in ours)
         text += f"\n\n`torch.compile` of the compressed net works on {len(ours)} of those tried"

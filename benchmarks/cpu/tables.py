@@ -44,7 +44,7 @@ TABLES = {
             "nets", "Whole networks",
             "What a user gets from one call of `compress_` on a randomly pruned net, input to "
             "output; below 1 it would have been better left alone.",
-            net_cases.whole_nets, form="nets", seconds=1.0, limit_s=510.0,
+            net_cases.whole_nets, form="nets", seconds=1.0, limit_s=720.0,
         ),
         Table(
             "linear", "Linear layers, single weights removed",

@@ -225,14 +225,5 @@ def derived(tables: dict[str, list[dict]]) -> dict[str, list[dict]]:
     out = dict(tables)
     memory = [{**row, "room": row["limit"] / row["bytes"]} for row in tables.get("memory", [])]
     nets = tables.get("nets", [])
-    key = ("net", "granularity", "sparsity", "batch")
-    one = {tuple(r[k] for k in key): r for r in nets if r["threads"] == 1 and r["batch"] > 1}
-    scaling = [
-        {
-            **{k: r[k] for k in key},
-            "two_cores": one[same]["us"]["liveweight"] / r["us"]["liveweight"],
-        }
-        for r in nets
-        if r["threads"] == 2 and (same := tuple(r[k] for k in key)) in one
-    ]
+    scaling = [row for row in nets if "two_cores" in row]
     return out | {"memory": memory, "nets_scaling": scaling}

@@ -29,7 +29,10 @@ OURS = "liveweight"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How much is measured: fewer cells if quick, and seconds per cell, all calls together."""
+    """How much is measured: fewer cells if quick, and seconds per cell, all calls together.
+
+    known  rows of an earlier run of the same commit, which need not be measured again
+    """
 
     quick: bool = False
     seconds: float = 0.5
@@ -37,6 +40,11 @@ class Settings:
     min_rounds: int = 5
     max_rounds: int = 60
     peaks: Mapping[int, float] = dataclasses.field(default_factory=dict)  # threads -> GF/s
+    known: tuple[dict, ...] = ()
+
+    def find(self, labels: Mapping[str, object]) -> dict | None:
+        """Return the known row with these labels, None where there is none."""
+        return next((row for row in self.known if labels.items() <= row.items()), None)
 
     def pick(self, full: Iterable, quick: Iterable) -> tuple:
         """Return the full or the quick list."""

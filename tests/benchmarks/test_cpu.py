@@ -132,7 +132,7 @@ def every_row(load, monkeypatch, settings) -> dict[str, list[dict]]:
     rows = {name: list(tables[name].rows(settings)) for name in wanted}
     names = ("net", "granularity", "sparsity", "batch", "threads")
     rows["nets"] = [
-        {**dict(zip(names, case, strict=True)), "dense": 2.0, "us": {"liveweight": 1.0}}
+        {**dict(zip(names, case, strict=True)), "dense": 2.0, "two_cores": 1.9}
         for case in nets.cases(settings)
     ]
     return rows
@@ -153,6 +153,28 @@ def test_every_target_reads_rows_that_the_suite_measures(load, monkeypatch, timi
     assert missing == ([] if any(r["threads"] == 2 for r in tables["nets"]) else [two_cores])
     assert len(judged) > 80
     assert all(t.goal is None or t.goal > t.floor for t in targets.all_targets())
+
+
+def test_whole_nets_go_on_where_a_run_was_stopped(load, monkeypatch, timing):
+    net_cases, measured = load("cpu.net_cases"), []
+    cells = [("LeNet-300-100", "weight", 0.9, batch, threads) for threads in (1, 2)
+             for batch in (1, 32)]  # fmt: skip
+    monkeypatch.setattr(net_cases, "cases", lambda settings: cells)
+    monkeypatch.setattr(net_cases.CompiledDense, "get", lambda *_: None)
+    monkeypatch.setattr(net_cases, "on_one_core", lambda model, x: "one core")
+    names = ("net", "granularity", "sparsity", "batch", "threads")
+    known = tuple(dict(zip(names, cell, strict=True)) for cell in cells[:2])
+
+    def one_net(labels, model, x, dense, settings, threads, again, others):
+        measured.append((labels["batch"], threads, others))
+        return {**labels, "threads": threads}
+
+    monkeypatch.setattr(net_cases, "one_net", one_net)
+    before = torch.get_num_threads()
+    rows = list(net_cases.whole_nets(timing.Settings(known=known)))
+    torch.set_num_threads(before)
+    assert [tuple(row[name] for name in names) for row in rows] == cells
+    assert measured == [(1, 2, {}), (32, 2, {net_cases.ONE_CORE: "one core"})]
 
 
 def test_the_worst_row_decides_and_a_miss_is_named(load):
