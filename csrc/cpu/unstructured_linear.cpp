@@ -63,6 +63,21 @@ struct Linear {
     });
   }
 
+  // Each worker takes a share of the blocks through panels of its own: filling them twice costs less
+  // than waiting for each other and fetching what the other core has just written.
+  void run_by_shares(const std::vector<Panel>& panels, int64_t threads) const {
+    parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
+      const int64_t first = share_blocks(w, begin, threads), last = share_blocks(w, end, threads);
+      if (first == last) return;
+      const int64_t width = panels[0].width;  // the first is the widest
+      Workspace<float> filled(padded() * width), sums(w.rows * width);
+      for (const Panel& panel : panels) {
+        fill(panel, 0, padded(), filled.data());
+        run_blocks(filled.data(), panel, first, last, sums.data());
+      }
+    });
+  }
+
   // All panels are filled together; then each worker takes a share of the blocks through all of them.
   void run_by_blocks(const std::vector<Panel>& panels, int64_t threads) const {
     int64_t lanes = 0;
@@ -119,6 +134,8 @@ struct Linear {
     const int64_t count = int64_t(panels.size());
     const bool even = M % 64 == 0 && count % threads == 0;
     if (threads == 1 || even || count >= 4 * threads) return run_by_panel(panels, threads);
+    // Filling a number costs about four multiply-adds.
+    if (kept_entries(w) >= 16 * K * threads) return run_by_shares(panels, threads);
     run_by_blocks(panels, threads);
   }
 };

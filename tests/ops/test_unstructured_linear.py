@@ -200,9 +200,10 @@ def test_autocast_casts_the_input_back():
     assert_close(got, expected(x.bfloat16(), weight, bias), 12)
 
 
+@pytest.mark.parametrize("density", [0.1, 0.5])
 @pytest.mark.parametrize("M", [1, 6, 40, 300])
-def test_threads_change_nothing(M):
-    x, _, packed, bias = make(M, 300, 700, 0.5)
+def test_threads_change_nothing(M, density):
+    x, _, packed, bias = make(M, 300, 700, density)
     grad = torch.randn(M, 300)
     index = index_of(packed)
     results = []
