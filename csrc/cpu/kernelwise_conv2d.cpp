@@ -4,9 +4,8 @@
 
 #ifdef LW_BASE
 namespace liveweight {
-namespace {
 
-void run(const KernelwiseConv& conv) {
+void run_fp32(const KernelwiseConv& conv) {
   if (prefer_pointwise(conv)) return run_pointwise(conv);
   const ConvSizes& s = conv.sizes;
   const int64_t lanes = cpu_lanes();
@@ -22,17 +21,21 @@ void run(const KernelwiseConv& conv) {
   else run_planes(conv, side_by_side, s.B);
 }
 
+namespace {
+
 Tensor kernelwise_conv2d(const Tensor& x, const Tensor& values, const Tensor& filter_offsets,
                          const Tensor& channels, const std::optional<Tensor>& bias,
                          std::vector<int64_t> stride, std::vector<int64_t> padding,
                          std::vector<int64_t> dilation, int64_t groups, bool relu, int64_t pool, int64_t layout) {
   const char* op = "kernelwise_conv2d";
+  const bool bf16 = x.scalar_type() == ScalarType::BFloat16;
+  const ScalarType dtype = bf16 ? ScalarType::BFloat16 : ScalarType::Float;
   KernelwiseConv conv{};
   KeptFilters& filters = conv.filters;
-  conv.x = checked_picture(op, "x", x, conv.x_layout);
+  const void* from = checked_picture<void>(op, "x", x, conv.x_layout, dtype);
   LW_CHECK(layout >= 0 && layout <= 2, op, ": layout must be 0, 1 or 2, got ", layout);
   conv.y_layout = Layout(layout);
-  filters.values = checked_data<float>(op, "values", values, 3, ScalarType::Float);
+  const void* weights = checked_data<void>(op, "values", values, 3, dtype);
   const ConvSizes s = conv.sizes =
       conv_sizes(op, {x.size(0), x.size(1), x.size(2), x.size(3)}, filter_offsets.numel() - 1,
                  {values.size(1), values.size(2)}, stride, padding, dilation, groups);
@@ -40,20 +43,23 @@ Tensor kernelwise_conv2d(const Tensor& x, const Tensor& values, const Tensor& fi
   LW_CHECK(values.size(0) == kept.count, op, ": expected ", kept.count, " kernels, got ", values.size(0));
   LW_CHECK(pool >= 1 && pool <= std::min(s.height, s.width), op, ": cannot pool ", s.height, " x ",
            s.width, " by ", pool);
-  if (bias) {
-    filters.bias = checked_data<float>(op, "bias", *bias, 1, ScalarType::Float);
-    LW_CHECK(bias->numel() == s.filters, op, ": expected bias [", s.filters, "], got ", shape_of(*bias));
-  }
-  filters.offsets = kept.offsets;
-  filters.channels = kept.channels;
-  filters.relu = relu;
-  filters.pool = pool;
-  filters.group_channels = s.C / groups;
-  filters.group_filters = std::max<int64_t>(s.filters / groups, 1);
+  const void* shift = bias ? checked_data<void>(op, "bias", *bias, 1, dtype) : nullptr;
+  LW_CHECK(!bias || bias->numel() == s.filters, op, ": expected bias [", s.filters, "], got ", shape_of(*bias));
+  filters = {nullptr, kept.offsets, kept.channels, nullptr, s.C / groups, std::max<int64_t>(s.filters / groups, 1),
+             relu, pool};
   conv.kept = kept.count;
   Tensor y = new_picture(x, {s.B, s.filters, s.height / pool, s.width / pool}, conv.y_layout);
+  if (y.numel() == 0) return y;
+  if (bf16) {
+    run_bf16(conv, static_cast<const Bf16*>(from), static_cast<const Bf16*>(weights),
+             static_cast<const Bf16*>(shift), static_cast<Bf16*>(y.mutable_data_ptr()));
+    return y;
+  }
+  conv.x = static_cast<const float*>(from);
+  filters.values = static_cast<const float*>(weights);
+  filters.bias = static_cast<const float*>(shift);
   conv.y = static_cast<float*>(y.mutable_data_ptr());
-  if (y.numel() > 0) run(conv);
+  run_fp32(conv);
   return y;
 }
 

@@ -41,6 +41,10 @@ struct KernelwiseConv {
   int64_t out_pixels() const { return out_height() * out_width(); }
 };
 
+// All samples, by the path that suits the shape; conv in fp32, or with its operands and result in bf16.
+void run_fp32(const KernelwiseConv& conv);
+void run_bf16(KernelwiseConv conv, const Bf16* x, const Bf16* values, const Bf16* bias, Bf16* y);
+
 // Samples [begin, end) by each path.
 void run_planes(const KernelwiseConv& conv, int64_t begin, int64_t end);
 void run_lanes(const KernelwiseConv& conv, int64_t begin, int64_t end);

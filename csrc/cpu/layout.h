@@ -60,12 +60,14 @@ namespace liveweight {
 // Sizes of a picture tensor in the order of its layout, and where each stands in [B, C, H, W].
 inline constexpr int kLayoutOrder[3][4] = {{0, 1, 2, 3}, {0, 2, 3, 1}, {1, 2, 3, 0}};
 
-// Data of a float32 picture [B, C, H, W] on the CPU and the first layout that fits its strides; throws
-// where none does.
-inline const float* checked_picture(const char* op, const char* name, const Tensor& x, Layout& layout) {
-  LW_CHECK(x.is_cpu() && x.dim() == 4 && x.scalar_type() == ScalarType::Float, op, ": expected ", name,
-           " [B, C, H, W] float32 on the CPU, got ", torch::headeronly::toString(x.scalar_type()), " ",
-           shape_of(x));
+// Data of a picture [B, C, H, W] of T on the CPU and the first layout that fits its strides; throws where
+// none does.
+template <class T = float>
+const T* checked_picture(const char* op, const char* name, const Tensor& x, Layout& layout,
+                         ScalarType type = ScalarType::Float) {
+  LW_CHECK(x.is_cpu() && x.dim() == 4 && x.scalar_type() == type, op, ": expected ", name, " [B, C, H, W] ",
+           type == ScalarType::Float ? "float32" : torch::headeronly::toString(type), " on the CPU, got ",
+           torch::headeronly::toString(x.scalar_type()), " ", shape_of(x));
   for (int kind = 0; kind < 3; ++kind) {
     int64_t expected = 1;
     bool fits = true;
@@ -76,7 +78,7 @@ inline const float* checked_picture(const char* op, const char* name, const Tens
     }
     if (!fits && expected != 0) continue;
     layout = Layout(kind);
-    return static_cast<const float*>(x.const_data_ptr());
+    return static_cast<const T*>(x.const_data_ptr());
   }
   raise<std::runtime_error>(op, ": expected ", name, " contiguous, channels last or batch last");
 }

@@ -117,6 +117,8 @@ def kernelwise_conv2d() -> Iterator[tuple]:
     for x, _, bias, w, how in convs():
         yield x, w.values, w.filter_offsets, w.channels, bias, *how, True, 1, 1
         yield x, w.values, w.filter_offsets, w.channels, None, *how, False, 2, 2
+        x, values, bias = (t.bfloat16() for t in (x, w.values, bias))
+        yield x, values, w.filter_offsets, w.channels, bias, *how, True, 1, 0
 
 
 def kernelwise_conv2d_grad_x() -> Iterator[tuple]:

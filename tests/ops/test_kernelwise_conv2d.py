@@ -291,13 +291,13 @@ def test_gradcheck_in_float64(activation, pool):
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)  # one random direction each
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_other_dtypes_run_the_reference(dtype):
     case = CASES["stride 2"]
     x, weight, packed, bias = case.make(0.5, dtype)
     got = kernelwise_conv2d(x, packed, bias, activation="relu", pool=2, **case.options)
     assert got.dtype == dtype
-    close = {torch.float64: 1e-12, torch.bfloat16: 0.15, torch.float16: 0.02}[dtype]
+    close = {torch.float64: 1e-12, torch.float16: 0.02}[dtype]
     want = expected(x, weight, bias, case, "relu", 2)
     torch.testing.assert_close(got.double(), want, rtol=close, atol=close)
 

@@ -14,6 +14,8 @@ from liveweight.reference.layouts import CONTIGUOUS, empty_in, find_layout
 
 Pair = tuple[int, int]
 _NAME = "kernelwise_conv2d"
+_FORWARD_DTYPES = (torch.float32, torch.bfloat16)  # of the CPU kernel of the forward pass
+_HALVES = (torch.bfloat16, torch.float16)
 _aten = torch.ops.aten
 
 
@@ -32,8 +34,8 @@ def kernelwise_conv2d(
 ) -> Tensor:
     """Apply a weight-sparse convolution: y = pool(act(conv2d(x, W) + b)).
 
-    x           [B, C, H, W] or [C, H, W] float32 (other dtypes, and devices without a kernel:
-                plain PyTorch)
+    x           [B, C, H, W] or [C, H, W] float32 or bfloat16, added up in fp32 (other dtypes, and
+                devices without a kernel: plain PyTorch)
     weight      (Cout, C / groups, kh, kw), values like x
     bias        [Cout] like x, or None
     activation  None or "relu"
@@ -151,13 +153,18 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _select(op, plain, x: Tensor):
+def _select(op, plain, x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)):
     """Return the op, or its reference where the op's CPU kernel does not know the dtype."""
-    return plain if x.is_cpu and x.dtype is not torch.float32 else op
+    return plain if x.is_cpu and x.dtype not in dtypes else op
 
 
 def _forward(x, *rest) -> Tensor:
-    return _select(_op, reference.kernelwise_conv2d, x)(x, *rest)
+    return _select(_op, reference.kernelwise_conv2d, x, _FORWARD_DTYPES)(x, *rest)
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    """Return a half-precision CPU tensor as float32, others as they are."""
+    return tensor.float() if tensor.is_cpu and tensor.dtype in _HALVES else tensor
 
 
 def _through_epilogue(grad: Tensor, before: Tensor, relu: bool, pool: int) -> Tensor:
@@ -209,14 +216,15 @@ class _KernelwiseConv2d(torch.autograd.Function):
             grad = _through_epilogue(grad, before, relu, pool)
         elif relu:
             grad = _aten.threshold_backward(grad, y, 0)
-        grad, x = grad.contiguous(), x.contiguous()
+        grad, dtype = grad.contiguous(), x.dtype
+        wide_grad, wide_x = _widen(grad), _widen(x.contiguous())
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            run = _select(_op_x, reference.kernelwise_conv2d_grad_x, x)
-            grad_x = run(grad, values, *index, x.shape, *settings)
+            run = _select(_op_x, reference.kernelwise_conv2d_grad_x, wide_x)
+            grad_x = run(wide_grad, _widen(values), *index, x.shape, *settings).to(dtype)
         if ctx.needs_input_grad[1]:
-            run = _select(_op_values, reference.kernelwise_conv2d_grad_values, x)
-            grad_values = run(grad, x, *index, values.shape[1:], *settings)
+            run = _select(_op_values, reference.kernelwise_conv2d_grad_values, wide_x)
+            grad_values = run(wide_grad, wide_x, *index, values.shape[1:], *settings).to(dtype)
         if ctx.needs_input_grad[4]:
             grad_bias = grad.sum((0, 2, 3))
         return grad_x, grad_values, None, None, grad_bias, *(None,) * 7

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, max_pool2d
 from torch.nn.grad import conv2d_input, conv2d_weight
@@ -38,23 +39,24 @@ def kernelwise_conv2d(
     filter_offsets[o + 1], kernel i reads channel channels[i] of the filter's group. pool p is a
     p x p max pool of stride p, ragged edges dropped (p = 1: none). Only kept kernels are
     multiplied: inf and NaN of x reach no output through a removed kernel. layout: that of the
-    result, as in reference/layouts.py.
+    result, as in reference/layouts.py. Sums run in fp32 where x is narrower.
     """
     kept, kernel_size = channels.numel(), values.shape[1:]
     filters, count = row_of(filter_offsets, kept), filter_offsets.numel() - 1
     source = input_channels(filters, channels, (count, x.shape[1], groups))
     height, width = conv2d_size(x.shape[2:], kernel_size, stride, padding, dilation)
-    out = x.new_zeros(x.shape[0], count, height, width)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    out = x.new_zeros(x.shape[0], count, height, width, dtype=wide)
     if kept:
         for start, length in batches(x.shape[0], kept * max(x[0, 0].numel(), height * width)):
-            part = x.narrow(0, start, length)[:, source]
-            part = conv2d(part, values[:, None], None, stride, padding, dilation, kept)
+            part = x.narrow(0, start, length)[:, source].to(wide)
+            part = conv2d(part, values[:, None].to(wide), None, stride, padding, dilation, kept)
             out.narrow(0, start, length).index_add_(1, filters, part)
     if bias is not None:
-        out += bias[:, None, None]
+        out += bias[:, None, None].to(wide)
     if relu:
         out.relu_()
-    return lay_out(max_pool2d(out, pool) if pool > 1 else out, layout)
+    return lay_out((max_pool2d(out, pool) if pool > 1 else out).to(x.dtype), layout)
 
 
 def kernelwise_conv2d_grad_x(
