@@ -32,6 +32,7 @@ LW_DECLARE(void linear_fill(const float* x, int64_t row, int64_t column, int64_t
                             int64_t begin, int64_t end, float* out))
 LW_DECLARE(void linear_block(const float* panel, int width, const Tiles& w, int64_t block, float* sums))
 LW_DECLARE(void linear_finish(float* sums, int samples, int width, int rows, const RowsOut& out))
+LW_DECLARE(bool linear_agrees(const Tiles& w, int64_t tiles))
 LW_DECLARE(void linear_widen(const Bf16* from, int64_t count, float* out))
 LW_DECLARE(void linear_narrow(const float* from, int64_t count, Bf16* out))
 LW_DECLARE(void linear_gather(const float* x, int64_t step, int samples, const Tiles& w, int64_t block,
@@ -64,24 +65,6 @@ inline int64_t threads_for(double work) {
   return work < 4e5 ? 1 : int64_t(torch::stable::get_num_threads());
 }
 
-template <class Index>
-bool counts_agree(const Tiles& w, int64_t tiles) {
-  const Index* segments = static_cast<const Index*>(w.segments);
-  bool inside = true;
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int32_t *at = w.offsets + 2 * i, *next = at + 2;
-    inside &= at[0] <= next[0] && at[1] <= next[1];
-    if (!inside) return false;
-    int64_t entries = 0, row = 0;
-    for (int32_t s = at[1]; s < next[1]; ++s) {
-      row = std::max<int64_t>(row, segments[2 * s]);
-      entries += int64_t(segments[2 * s + 1]) + 1;
-    }
-    inside &= entries == next[0] - at[0] && row < w.rows;
-  }
-  return inside;
-}
-
 // Guards memory at the cost of one look per segment. Panels and sums are as long as whole tiles, so
 // that a column or row number in its type's range can only name memory that is there.
 inline Tiles check_tiles(const char* op, const Tensor& values, const Tensor& columns,
@@ -109,8 +92,7 @@ inline Tiles check_tiles(const char* op, const Tensor& values, const Tensor& col
   const int32_t *first = w.offsets, *last = w.offsets + 2 * tiles;
   LW_CHECK(first[0] == 0 && first[1] == 0 && last[0] == kept && last[1] == rows, op,
            ": offsets must rise from (0, 0) to (", kept, ", ", rows, ")");
-  const bool agree = w.wide ? counts_agree<uint16_t>(w, tiles) : counts_agree<uint8_t>(w, tiles);
-  LW_CHECK(agree, op, ": segments do not agree with offsets");
+  LW_CHECK(LW_SELECT(linear_agrees)(w, tiles), op, ": segments do not agree with offsets");
   return w;
 }
 

@@ -328,3 +328,12 @@ def test_launchers_guard_memory():
     refuses(r"expected bias \[5\]", bias=bias[:4])
     with pytest.raises(RuntimeError, match="unknown activation 9"):
         OPS.unstructured_linear(x, packed.values, *places_of(packed), 5, bias, 9, False)
+
+
+def test_launcher_refuses_offsets_beyond_the_end():
+    x, _, packed, bias = make(2, 5, 300, 1.0)
+    far = packed.offsets.clone()
+    far[1] = 2**30  # though the last pair is right
+    index = (packed.columns, packed.segments, far, packed.bits, packed.tile)
+    with pytest.raises(RuntimeError, match="segments do not agree"):
+        OPS.unstructured_linear(x, packed.values, *index, 5, bias, 0, False)
