@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import liveweight as lw
 from cpu.baselines import freeze
+from cpu.net_limits import REST, useful_flops, without_layers
 from cpu.timing import OURS, Settings, failure, paired, relative_error
 from liveweight.compress.measure import torch_threads
 
@@ -121,6 +122,8 @@ def one_net(labels: dict, model: nn.Module, x: Tensor, dense, settings: Settings
         calls["torch.compile"] = lambda: dense(x)
     row: dict = {**labels, "threads": threads, "compress_s": seconds}
     with torch.inference_mode():
+        rest, flops = without_layers(sparse, x), useful_flops(model, x)
+        calls[REST] = lambda: rest(x)
         row["error"] = agree(str(labels), sparse(x), model(x))
         if compile_ours and dense is not None:
             both, row["compiled ours"] = _compiled_ours(sparse, x)
@@ -133,6 +136,9 @@ def one_net(labels: dict, model: nn.Module, x: Tensor, dense, settings: Settings
     row["dense"] = min(r for n, r in ratios.items() if n in KINDS)
     if ONE_CORE in ratios:
         row["two_cores"] = ratios[ONE_CORE]
+    best_us = min(us for n, us in row["us"].items() if n in KINDS)
+    peak_us = flops / 1e3 / settings.peaks[threads] if threads in settings.peaks else 0.0
+    row["rest"], row["limit"] = row["us"][REST], best_us / (row["us"][REST] + peak_us)
     row["changed"], row["layers"] = len(report.changed), len(report.layers)
     row["rounds"], row["busy"] = len(timings.samples[OURS]), timings.busy
     return row

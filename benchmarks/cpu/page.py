@@ -133,17 +133,19 @@ def memory(table: Table, rows: list[dict]) -> str:
 
 def nets(table: Table, rows: list[dict]) -> str:
     head = ["net", "removed", "threads", "batch", "eager ms", "compiled ms", "ours ms",
-            "x eager", "x best dense", "choosing, s", "layers changed"]  # fmt: skip
+            "rest ms", "x eager", "x best dense", "at most", "choosing, s",
+            "layers changed"]  # fmt: skip
     body = []
     place = {net: i for i, net in enumerate(dict.fromkeys(row["net"] for row in rows))}
     keys = ("granularity", "threads", "batch", "sparsity")
     for row in sorted(rows, key=lambda r: (place[r["net"]], *(r[k] for k in keys))):
         us, what = row["us"], "kernels" if row["granularity"] == "kernel" else "weights"
-        ms = [us.get("eager"), us.get("torch.compile"), us["liveweight"]]
+        ms = [us.get("eager"), us.get("torch.compile"), us["liveweight"], row.get("rest")]
         body.append(
             [row["net"], f"{100 * row['sparsity']:.0f} % {what}", str(row["threads"]),
              str(row["batch"]), *("-" if v is None else f"{v / 1e3:.3g}" for v in ms),
-             number(row["torch"]), number(row["dense"]), f"{row['compress_s']:.1f}",
+             number(row["torch"]), number(row["dense"]), number(row.get("limit")),
+             f"{row['compress_s']:.1f}",
              f"{row['changed']} of {row['layers']}"]
         )  # fmt: skip
     ours = [r for r in rows if "torch.compile of ours" in r["us"]]

@@ -43,7 +43,11 @@ TABLES = {
         Table(
             "nets", "Whole networks",
             "What a user gets from one call of `compress_` on a randomly pruned net, input to "
-            "output; below 1 it would have been better left alone.",
+            "output; below 1 it would have been better left alone. *Rest*: the compressed net "
+            "while its layers hand out stored results: attention, norms, sums and Python, which "
+            "no kernel of a layer makes faster. *At most*: x best dense if on top of that the "
+            "kept weights ran at the measured peak of multiply-adds, and what joined them cost "
+            "nothing; a target above it is out of reach.",
             net_cases.whole_nets, form="nets", seconds=1.0, limit_s=720.0,
         ),
         Table(

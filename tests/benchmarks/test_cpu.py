@@ -177,6 +177,19 @@ def test_whole_nets_go_on_where_a_run_was_stopped(load, monkeypatch, timing):
     assert measured == [(1, 2, {}), (32, 2, {net_cases.ONE_CORE: "one core"})]
 
 
+def test_what_is_left_of_a_net_without_its_layers(load):
+    limits = load("cpu.net_limits")
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.ReLU(), torch.nn.Flatten(),
+                                torch.nn.Linear(12, 5)).eval()  # fmt: skip
+    x = torch.randn(4, 2, 4, 4)
+    with torch.no_grad():
+        model[0].weight[0] = 0
+        rest, want = limits.without_layers(model, x), model(x)
+        assert torch.equal(rest(x), want) and type(model[0]) is torch.nn.Conv2d
+        assert [type(m).__name__ for m in rest] == ["Stored", "ReLU", "Flatten", "Stored"]
+        assert limits.useful_flops(model, x) == 2 * 4 * (2 * 2 * 9 * 4 + 60)
+
+
 def test_the_worst_row_decides_and_a_miss_is_named(load):
     targets = load("cpu.targets")
     rows = [{"batch": b, "sparsity": 0.9, "dense": d} for b, d in ((1, 9.0), (8, 3.0), (32, 1.0))]
