@@ -5,20 +5,20 @@
 #ifdef LW_BASE
 namespace liveweight {
 
+void run_contiguous(const KernelwiseConv& conv, int64_t begin, int64_t end) {
+  const int64_t lanes = cpu_lanes();
+  if (prefer_wide(conv.sizes, lanes)) return run_wide(conv, begin, end);
+  if (prefer_folded(conv.sizes, lanes)) return run_folded(conv, begin, end);
+  run_planes(conv, begin, end);
+}
+
 void run_fp32(const KernelwiseConv& conv) {
   if (prefer_pointwise(conv)) return run_pointwise(conv);
-  const ConvSizes& s = conv.sizes;
-  const int64_t lanes = cpu_lanes();
-  const bool wide = prefer_wide(s, lanes), folded = prefer_folded(s, lanes);
-  // Side by side, samples need no turning when they lie so, and taps in the padding are not multiplied,
-  // which are many on 4 x 4 pixels.
-  const bool alike = conv.x_layout == Layout::batch_last || s.H * s.W <= 16;
-  const int64_t side_by_side = !(wide || folded) || alike ? lanes_samples(s, lanes) : 0;
+  const int64_t samples = conv.sizes.B, side_by_side = lanes_samples(conv, cpu_lanes());
   if (side_by_side > 0) run_lanes(conv, 0, side_by_side);
-  if (side_by_side == s.B) return;
-  if (wide) run_wide(conv, side_by_side, s.B);
-  else if (folded) run_folded(conv, side_by_side, s.B);
-  else run_planes(conv, side_by_side, s.B);
+  if (side_by_side == samples) return;
+  if (conv.contiguous()) run_contiguous(conv, side_by_side, samples);
+  else run_turned(conv, side_by_side, samples);
 }
 
 namespace {
@@ -34,7 +34,7 @@ Tensor kernelwise_conv2d(const Tensor& x, const Tensor& values, const Tensor& fi
   KeptFilters& filters = conv.filters;
   const void* from = checked_picture<void>(op, "x", x, conv.x_layout, dtype);
   LW_CHECK(layout >= 0 && layout <= 2, op, ": layout must be 0, 1 or 2, got ", layout);
-  conv.y_layout = Layout(layout);
+  conv.y_layout = x.size(0) == 1 && layout == 2 ? Layout::contiguous : Layout(layout);  // the same for one sample
   const void* weights = checked_data<void>(op, "values", values, 3, dtype);
   const ConvSizes s = conv.sizes =
       conv_sizes(op, {x.size(0), x.size(1), x.size(2), x.size(3)}, filter_offsets.numel() - 1,
@@ -48,7 +48,7 @@ Tensor kernelwise_conv2d(const Tensor& x, const Tensor& values, const Tensor& fi
   filters = {nullptr, kept.offsets, kept.channels, nullptr, s.C / groups, std::max<int64_t>(s.filters / groups, 1),
              relu, pool};
   conv.kept = kept.count;
-  Tensor y = new_picture(x, {s.B, s.filters, s.height / pool, s.width / pool}, conv.y_layout);
+  Tensor y = new_picture(x, {s.B, s.filters, s.height / pool, s.width / pool}, Layout(layout));
   if (y.numel() == 0) return y;
   if (bf16) {
     run_bf16(conv, static_cast<const Bf16*>(from), static_cast<const Bf16*>(weights),

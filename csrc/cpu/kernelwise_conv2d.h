@@ -19,11 +19,6 @@ struct KeptFilters {
 
 }  // namespace liveweight
 
-LW_DECLARE(void conv_gather(const float* x, Layout layout, int64_t batch, int64_t channels, int64_t pixels,
-                            int64_t begin, int64_t end, float* out))
-LW_DECLARE(void conv_scatter(const float* in, Layout layout, int64_t batch, int64_t channels, int64_t pixels,
-                             int64_t begin, int64_t end, float* y))
-
 #ifdef LW_BASE
 namespace liveweight {
 
@@ -36,6 +31,7 @@ struct KernelwiseConv {
   Layout y_layout;
   int64_t kept;
 
+  bool contiguous() const { return x_layout == Layout::contiguous && y_layout == Layout::contiguous; }
   int64_t out_height() const { return sizes.height / filters.pool; }
   int64_t out_width() const { return sizes.width / filters.pool; }
   int64_t out_pixels() const { return out_height() * out_width(); }
@@ -43,9 +39,11 @@ struct KernelwiseConv {
 
 // All samples, by the path that suits the shape; conv in fp32, or with its operands and result in bf16.
 void run_fp32(const KernelwiseConv& conv);
+void run_contiguous(const KernelwiseConv& conv, int64_t begin, int64_t end);
+void run_turned(const KernelwiseConv& conv, int64_t begin, int64_t end);  // by contiguous copies
 void run_bf16(KernelwiseConv conv, const Bf16* x, const Bf16* values, const Bf16* bias, Bf16* y);
 
-// Samples [begin, end) by each path.
+// Samples [begin, end) by each path; all but run_lanes and run_pointwise know the contiguous layout only.
 void run_planes(const KernelwiseConv& conv, int64_t begin, int64_t end);
 void run_lanes(const KernelwiseConv& conv, int64_t begin, int64_t end);
 void run_wide(const KernelwiseConv& conv, int64_t begin, int64_t end);
@@ -60,7 +58,7 @@ bool prefer_wide(const ConvSizes& s, int64_t lanes);
 bool prefer_folded(const ConvSizes& s, int64_t lanes);
 
 // How many of the samples, from the first, run_lanes should take; `lanes` of a vector.
-int64_t lanes_samples(const ConvSizes& s, int64_t lanes);
+int64_t lanes_samples(const KernelwiseConv& conv, int64_t lanes);
 
 // Filters [from, to) in falling order of their kept kernels: then the inner loop's length repeats and
 // is predicted. Equal ones keep their order.
@@ -83,40 +81,6 @@ inline bool fits_sums(const ConvSizes& s) {
   return fits;
 }
 
-// Channels [begin, end) of a sample as contiguous planes: in x itself, or gathered into `turned`.
-inline const float* gather_sample(const KernelwiseConv& conv, int64_t sample, int64_t begin, int64_t end,
-                                  float* turned) {
-  const ConvSizes& s = conv.sizes;
-  const int64_t pixels = s.H * s.W;
-  const float* from = conv.x + (conv.x_layout == Layout::batch_last ? sample : sample * s.C * pixels);
-  if (conv.x_layout == Layout::contiguous) return from + begin * pixels;
-  LW_SELECT(conv_gather)(from, conv.x_layout, s.B, s.C, pixels, begin, end, turned);
-  return turned;
-}
-
-// Where filter 0 of a sample goes: into y, or into `turned`, where filter `begin` is the first.
-inline float* output_of(const KernelwiseConv& conv, int64_t sample, int64_t begin, float* turned) {
-  const int64_t pixels = conv.out_pixels();
-  if (conv.y_layout == Layout::contiguous) return conv.y + sample * conv.sizes.filters * pixels;
-  return turned - begin * pixels;
-}
-
-// Filters [begin, end) of a sample from `turned` to y, unless they are there already.
-inline void scatter_sample(const KernelwiseConv& conv, int64_t sample, int64_t begin, int64_t end,
-                           const float* turned) {
-  if (conv.y_layout == Layout::contiguous) return;
-  const int64_t pixels = conv.out_pixels(), filters = conv.sizes.filters;
-  float* to = conv.y + (conv.y_layout == Layout::batch_last ? sample : sample * filters * pixels);
-  LW_SELECT(conv_scatter)(turned, conv.y_layout, conv.sizes.B, filters, pixels, begin, end, to);
-}
-
-// Floats of a sample's channels or filters on their way from or to another layout.
-inline int64_t turned_sample_floats(const KernelwiseConv& conv) {
-  const ConvSizes& s = conv.sizes;
-  const int64_t in = conv.x_layout == Layout::contiguous ? 0 : s.C * s.H * s.W;
-  return std::max(in, conv.y_layout == Layout::contiguous ? 0 : s.filters * conv.out_pixels());
-}
-
 // Items [first, last), samples or sets of them, by fill and filters of `run`: workers take items of their
 // own where there are enough, else all fill the items together and take a share of the filters each.
 template <class Run>
@@ -130,11 +94,11 @@ void run_items(const Run& run, const KernelwiseConv& conv, int64_t first, int64_
     parallel_for(items, (items + threads - 1) / threads, [&](int64_t begin, int64_t end) {
       int64_t floats = 0;
       for (int64_t i = first + begin; i < first + end; ++i) floats = std::max(floats, run.buffer_floats(i));
-      Workspace<float> buffer(floats + kSlack), scratch(run.scratch_floats()), turned(run.turned_floats());
+      Workspace<float> buffer(floats + kSlack), scratch(run.scratch_floats());
       for (int64_t i = first + begin; i < first + end; ++i) {
         clear_slack(buffer.data() + run.buffer_floats(i));
-        run.fill(i, 0, s.C, buffer.data(), turned.data());
-        run.filters(i, 0, s.filters, order, buffer.data(), scratch.data(), turned.data());
+        run.fill(i, 0, s.C, buffer.data());
+        run.filters(i, 0, s.filters, order, buffer.data(), scratch.data());
       }
     });
     return;
@@ -143,19 +107,16 @@ void run_items(const Run& run, const KernelwiseConv& conv, int64_t first, int64_
   for (int64_t i = first; i < last; ++i) starts.push_back(starts.back() + run.buffer_floats(i) + kSlack);
   Workspace<float> buffer(starts.back());
   parallel_for(s.C, (s.C + threads - 1) / threads, [&](int64_t begin, int64_t end) {
-    Workspace<float> turned(run.turned_floats());
-    for (int64_t i = first; i < last; ++i) {
-      run.fill(i, begin, end, buffer.data() + starts[size_t(i - first)], turned.data());
-    }
+    for (int64_t i = first; i < last; ++i) run.fill(i, begin, end, buffer.data() + starts[size_t(i - first)]);
   });
   for (size_t i = 1; i < starts.size(); ++i) clear_slack(buffer.data() + starts[i] - kSlack);
   parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
-    Workspace<float> scratch(run.scratch_floats()), turned(run.turned_floats());
+    Workspace<float> scratch(run.scratch_floats());
     const int64_t from = share_kernels(offsets, s.filters, begin, threads);
     const int64_t to = share_kernels(offsets, s.filters, end, threads);
     const std::vector<int32_t> order = order_filters(offsets, from, to);
     for (int64_t i = first; i < last; ++i) {
-      run.filters(i, from, to, order, buffer.data() + starts[size_t(i - first)], scratch.data(), turned.data());
+      run.filters(i, from, to, order, buffer.data() + starts[size_t(i - first)], scratch.data());
     }
   });
 }

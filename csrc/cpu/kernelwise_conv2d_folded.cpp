@@ -169,32 +169,20 @@ struct FoldedRun {
 
   int64_t buffer_floats(int64_t i) const { return conv.sizes.C * sets[size_t(i)].fold.stored() * lanes; }
   int64_t scratch_floats() const { return (std::max<int64_t>(job.H, 3) + 4) * lanes + job.H * job.slot + kSlack; }
-  int64_t most_samples() const { return std::max<int64_t>(lanes / job.slot, 3); }
-  int64_t turned_floats() const { return most_samples() * turned_sample_floats(conv); }
 
-  void fill(int64_t i, int64_t begin, int64_t end, float* buffer, float* turned) const {
+  void fill(int64_t i, int64_t begin, int64_t end, float* buffer) const {
     const FoldedSet& set = sets[size_t(i)];
-    const float* from = nullptr;
-    int64_t step = conv.sizes.C * job.H * job.W;
-    if (conv.x_layout == Layout::contiguous) {
-      from = gather_sample(conv, set.first, begin, end, turned);
-    } else {
-      step = (end - begin) * job.H * job.W, from = turned;
-      for (int64_t s = 0; s < set.fold.samples; ++s) gather_sample(conv, set.first + s, begin, end, turned + s * step);
-    }
-    LW_SELECT(fold_planes)(from, job, set.fold, step, begin, end, buffer);
+    const int64_t pixels = job.H * job.W, sample = conv.sizes.C * pixels;
+    const float* from = conv.x + set.first * sample + begin * pixels;
+    LW_SELECT(fold_planes)(from, job, set.fold, sample, begin, end, buffer);
   }
 
   void filters(int64_t i, int64_t begin, int64_t end, const std::vector<int32_t>& order, const float* buffer,
-               float* scratch, float* turned) const {
+               float* scratch) const {
     const FoldedSet& set = sets[size_t(i)];
-    const bool in_place = conv.y_layout == Layout::contiguous;
-    const int64_t step = (in_place ? conv.sizes.filters : end - begin) * conv.out_pixels();
-    LW_SELECT(folded_filters)(buffer, job, set.fold, order.data(), end - begin, scratch,
-                           output_of(conv, set.first, begin, turned), step);
-    for (int64_t s = 0; s < set.fold.samples; ++s) {
-      scatter_sample(conv, set.first + s, begin, end, turned + s * step);
-    }
+    const int64_t sample = conv.sizes.filters * conv.out_pixels();
+    float* y = conv.y + set.first * sample;
+    LW_SELECT(folded_filters)(buffer, job, set.fold, order.data(), end - begin, scratch, y, sample);
   }
 };
 

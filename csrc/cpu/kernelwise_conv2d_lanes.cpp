@@ -242,15 +242,18 @@ struct LanesRun {
 
 }  // namespace
 
-int64_t lanes_samples(const ConvSizes& s, int64_t lanes) {
+int64_t lanes_samples(const KernelwiseConv& conv, int64_t lanes) {
+  const ConvSizes& s = conv.sizes;
   for (int d = 0; d < 2; ++d) {
     if (s.kernel[d] != 3 || s.dilation[d] != 1 || s.padding[d] > 1 || s.stride[d] > 2) return 0;
   }
   // A panel should stay in the second-level cache.
   if (s.stride[0] != s.stride[1] || std::min(s.H, s.W) < 2 || s.C * s.H * s.W > 32 * 1024) return 0;
-  // What is left over fills a panel well enough from 10 samples on; planes as wide as a vector are
-  // convolved as fast sample by sample.
-  if (s.stride[0] == 1 && s.width % lanes == 0) return 0;
+  // Side by side, samples need no turning when they lie so, and taps in the padding are not multiplied,
+  // which are many on 4 x 4 pixels; otherwise sums are as fast.
+  const bool turned = conv.x_layout != Layout::batch_last || conv.y_layout != Layout::batch_last;
+  if (turned && s.H * s.W > 16 && (prefer_wide(s, lanes) || prefer_folded(s, lanes))) return 0;
+  // What is left over fills a panel well enough from 10 samples on.
   const int64_t rest = s.B % kPanel;
   return rest >= 10 ? s.B : s.B - rest;
 }

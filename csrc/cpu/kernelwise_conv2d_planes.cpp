@@ -34,24 +34,6 @@ void conv_fill(const float* x, const ConvJob& job, int64_t count, float* planes)
   }
 }
 
-// Channels [begin, end) of a sample that x points to, as contiguous planes.
-void conv_gather(const float* x, Layout layout, int64_t batch, int64_t channels, int64_t pixels,
-                 int64_t begin, int64_t end, float* out) {
-  if (layout == Layout::channels_last) {
-    return transpose_rows(x + begin, channels, out, pixels, pixels, end - begin);
-  }
-  for (int64_t i = begin * pixels; i < end * pixels; ++i) *out++ = x[i * batch];
-}
-
-// The reverse: contiguous planes of channels [begin, end) to the sample that y points to.
-void conv_scatter(const float* in, Layout layout, int64_t batch, int64_t channels, int64_t pixels,
-                  int64_t begin, int64_t end, float* y) {
-  if (layout == Layout::channels_last) {
-    return transpose_rows(in, pixels, y + begin, channels, end - begin, pixels);
-  }
-  for (int64_t i = begin * pixels; i < end * pixels; ++i) y[i * batch] = *in++;
-}
-
 LW_INLINE void fill_row(float* out, float value, int64_t count) {
   for (int64_t i = 0; i < count; ++i) out[i] = value;
 }
@@ -96,22 +78,21 @@ struct PlanesRun {
   ConvJob job;
 
   // Channels [begin, end) of a sample to planes; `planes` is where channel 0 goes.
-  void fill(int64_t sample, int64_t begin, int64_t end, float* planes, float* turned) const {
-    const float* from = gather_sample(conv, sample, begin, end, turned);
+  void fill(int64_t sample, int64_t begin, int64_t end, float* planes) const {
+    const int64_t pixels = conv.sizes.H * conv.sizes.W;
+    const float* from = conv.x + (sample * conv.sizes.C + begin) * pixels;
     LW_SELECT(conv_fill)(from, job, end - begin, planes + begin * job.planes.size);
   }
 
   // Filters [begin, end) of a sample, taken in `order`.
   void filters(int64_t sample, int64_t begin, int64_t end, const std::vector<int32_t>& order,
-               const float* planes, float* scratch, float* turned) const {
-    float* y = output_of(conv, sample, begin, turned);
+               const float* planes, float* scratch) const {
+    float* y = conv.y + sample * conv.sizes.filters * conv.out_pixels();
     LW_SELECT(conv_filters)(planes, job, order.data(), end - begin, scratch, y);
-    scatter_sample(conv, sample, begin, end, turned);
   }
 
   int64_t buffer_floats(int64_t) const { return conv.sizes.C * job.planes.size; }
   int64_t scratch_floats() const { return job.band * job.scratch_step + kSlack; }
-  int64_t turned_floats() const { return turned_sample_floats(conv); }
 };
 
 // Fills in everything about the job that sizes and taps decide; the job points into the plan.

@@ -117,29 +117,21 @@ struct WideRun {
   const KernelwiseConv& conv;
   WideJob job;
 
-  bool in_place() const { return conv.x_layout == Layout::contiguous; }
-  int64_t sample_floats() const { return conv.sizes.C * job.H * job.W; }
-  int64_t columns_at() const { return in_place() ? 0 : sample_floats() + kSlack; }
-
-  int64_t buffer_floats(int64_t) const {
-    return columns_at() + (job.sides ? job.vectors * 2 * conv.sizes.C * (job.H + 2) : 0);
-  }
+  int64_t buffer_floats(int64_t) const { return job.sides ? job.vectors * 2 * job.channels * (job.H + 2) : 0; }
   int64_t scratch_floats() const {
     return job.filters.pool == 1 ? 0 : job.band * job.vectors * cpu_lanes() + kSlack;
   }
-  int64_t turned_floats() const { return turned_sample_floats(conv); }
+  const float* sample_at(int64_t sample) const { return conv.x + sample * job.channels * job.H * job.W; }
 
-  void fill(int64_t sample, int64_t begin, int64_t end, float* buffer, float*) const {
-    const float* from = gather_sample(conv, sample, begin, end, buffer + begin * job.H * job.W);
-    if (job.sides) LW_SELECT(wide_columns)(from, job, begin, end, buffer + columns_at());
+  void fill(int64_t sample, int64_t begin, int64_t end, float* columns) const {
+    const float* from = sample_at(sample) + begin * job.H * job.W;
+    if (job.sides) LW_SELECT(wide_columns)(from, job, begin, end, columns);
   }
 
-  void filters(int64_t sample, int64_t begin, int64_t end, const std::vector<int32_t>& order, const float* buffer,
-               float* scratch, float* turned) const {
-    const float* x = in_place() ? conv.x + sample * sample_floats() : buffer;
-    LW_SELECT(wide_filters)(x, buffer + columns_at(), job, order.data(), end - begin, scratch,
-                         output_of(conv, sample, begin, turned));
-    scatter_sample(conv, sample, begin, end, turned);
+  void filters(int64_t sample, int64_t begin, int64_t end, const std::vector<int32_t>& order,
+               const float* columns, float* scratch) const {
+    float* y = conv.y + sample * conv.sizes.filters * conv.out_pixels();
+    LW_SELECT(wide_filters)(sample_at(sample), columns, job, order.data(), end - begin, scratch, y);
   }
 };
 
