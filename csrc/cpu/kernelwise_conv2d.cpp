@@ -9,6 +9,7 @@ void run_contiguous(const KernelwiseConv& conv, int64_t begin, int64_t end) {
   const int64_t lanes = cpu_lanes();
   if (prefer_wide(conv.sizes, lanes)) return run_wide(conv, begin, end);
   if (prefer_folded(conv.sizes, lanes)) return run_folded(conv, begin, end);
+  if (prefer_strided(conv, lanes)) return run_strided(conv, begin, end);
   run_planes(conv, begin, end);
 }
 

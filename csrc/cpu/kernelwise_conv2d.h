@@ -48,14 +48,16 @@ void run_planes(const KernelwiseConv& conv, int64_t begin, int64_t end);
 void run_lanes(const KernelwiseConv& conv, int64_t begin, int64_t end);
 void run_wide(const KernelwiseConv& conv, int64_t begin, int64_t end);
 void run_folded(const KernelwiseConv& conv, int64_t begin, int64_t end);
+void run_strided(const KernelwiseConv& conv, int64_t begin, int64_t end);
 void run_pointwise(const KernelwiseConv& conv);  // all samples
 
 // Whether run_pointwise knows the kernel, the layouts and what follows.
 bool prefer_pointwise(const KernelwiseConv& conv);
 
-// Whether run_wide or run_folded knows the kernel and the size of the picture; `lanes` of a vector.
+// Whether run_wide, run_folded or run_strided knows the kernel and the size of the picture; `lanes` of a vector.
 bool prefer_wide(const ConvSizes& s, int64_t lanes);
 bool prefer_folded(const ConvSizes& s, int64_t lanes);
+bool prefer_strided(const KernelwiseConv& conv, int64_t lanes);
 
 // How many of the samples, from the first, run_lanes should take; `lanes` of a vector.
 int64_t lanes_samples(const KernelwiseConv& conv, int64_t lanes);
