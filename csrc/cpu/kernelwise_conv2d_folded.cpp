@@ -30,27 +30,26 @@ LW_DECLARE(void folded_filters(const float* planes, const FoldedJob& job, const 
 
 namespace liveweight::LW_ISA {
 
-// A row of `width` floats, zeros up to `slot` after it.
+// A row of `width` floats, zeros up to `slot` after it. kWidth: the width, or 0 for others.
+template <int kWidth>
 LW_INLINE void fold_row(const float* in, int64_t width, int64_t slot, float* out) {
-  if (width == 8) store_lanes<8>(out, load_lanes<8>(in));
-  else if (width == 4) store_lanes<4>(out, load_lanes<4>(in));
+  if constexpr (kWidth > 0) store_lanes<kWidth>(out, load_lanes<kWidth>(in));
   else store_first(out, load_first(in, int(width)), int(slot));
 }
 
-// Channels [begin, end) of a set of samples, `sample` floats apart, folded into vectors: [channel][vector].
-void fold_planes(const float* x, const FoldedJob& job, const Fold& fold, int64_t sample, int64_t begin, int64_t end,
-               float* planes) {
-  const int64_t stored = fold.stored(), above = !fold.plane && fold.parts > 1 ? 1 : 0, size = job.H * job.W;
+template <int kWidth>
+LW_INLINE void fold_channels(const float* x, const FoldedJob& job, const Fold& fold, int64_t sample, int64_t count,
+                             float* planes) {
+  const int64_t above = !fold.plane && fold.parts > 1 ? 1 : 0, rows = fold.rows + 2 * above;
   const int64_t sample_step = fold.plane ? kLanes : fold.parts * job.slot;
-  for (int64_t s = 0; s < fold.samples; ++s) {
-    for (int64_t g = 0; g < fold.parts; ++g) {
-      const int64_t r0 = g * fold.rows - above;
-      for (int64_t t = 0; t < fold.rows + 2 * above; ++t) {
-        float* to = planes + begin * stored * kLanes + s * sample_step + g * job.slot + t * kLanes;
-        const float* from = x + s * sample + (r0 + t) * job.W;
-        const bool inside = r0 + t >= 0 && r0 + t < job.H;
-        for (int64_t c = begin; c < end; ++c, to += stored * kLanes, from += size) {
-          if (inside) fold_row(from, job.W, job.slot, to);
+  for (int64_t c = 0; c < count; ++c, x += job.H * job.W, planes += fold.stored() * kLanes) {
+    for (int64_t s = 0; s < fold.samples; ++s) {
+      for (int64_t g = 0; g < fold.parts; ++g) {
+        const int64_t r0 = g * fold.rows - above;
+        const float* from = x + s * sample + r0 * job.W;
+        float* to = planes + s * sample_step + g * job.slot;
+        for (int64_t t = 0; t < rows; ++t, from += job.W, to += kLanes) {
+          if (r0 + t >= 0 && r0 + t < job.H) fold_row<kWidth>(from, job.W, job.slot, to);
           else fill_zero(to, job.slot);
         }
       }
@@ -58,9 +57,21 @@ void fold_planes(const float* x, const FoldedJob& job, const Fold& fold, int64_t
   }
 }
 
-// W floats of a row that no two stores have written together.
+// Channels [begin, end) of a set of samples, `sample` floats apart, folded into vectors: [channel][vector].
+void fold_planes(const float* x, const FoldedJob& job, const Fold& fold, int64_t sample, int64_t begin, int64_t end,
+                 float* planes) {
+  float* to = planes + begin * fold.stored() * kLanes;
+  if (job.W == 8) fold_channels<8>(x, job, fold, sample, end - begin, to);
+  else if (job.W == 4) fold_channels<4>(x, job, fold, sample, end - begin, to);
+  else fold_channels<0>(x, job, fold, sample, end - begin, to);
+}
+
+// A row whose floats one store has written. kWidth as above.
+template <int kWidth>
 LW_INLINE void copy_short(const float* in, float* out, int64_t count) {
-  if (count >= 4) {
+  if constexpr (kWidth > 0) {
+    store_lanes<kWidth>(out, load_lanes<kWidth>(in));
+  } else if (count >= 4) {
     store_lanes<4>(out, load_lanes<4>(in));
     store_lanes<4>(out + count - 4, load_lanes<4>(in + count - 4));
   } else {
@@ -68,19 +79,24 @@ LW_INLINE void copy_short(const float* in, float* out, int64_t count) {
   }
 }
 
-// The rows of one sample, from where the lanes hold them to y or through a pool.
-LW_INLINE void unfold(const float* lanes, const FoldedJob& job, const Fold& fold, float bias, float* rows, float* y) {
-  const int64_t pool = job.filters.pool;
-  float* to = pool == 1 ? y : rows;
-  const int64_t step = pool == 1 ? job.W : job.slot;
-  for (int64_t g = 0; g < fold.parts; ++g) {
-    for (int64_t t = 0; t < fold.rows && g * fold.rows + t < job.H; ++t) {
-      copy_short(lanes + t * kLanes + g * job.slot, to + (g * fold.rows + t) * step, job.W);
+template <int kWidth>
+LW_INLINE void unfold_rows(const float* lanes, const FoldedJob& job, const Fold& fold, float* out, int64_t step) {
+  for (int64_t g = 0, left = job.H; g < fold.parts && left > 0; ++g, left -= fold.rows) {
+    const float* from = lanes + g * job.slot;
+    for (int64_t t = 0; t < fold.rows && t < left; ++t, from += kLanes, out += step) {
+      copy_short<kWidth>(from, out, job.W);
     }
   }
-  if (pool > 1) {
-    finish_pool(rows, step, job.H, job.W, pool, bias, job.filters.relu, y);
-  }
+}
+
+// The rows of one sample, from where the lanes hold them to y or through a pool.
+LW_INLINE void unfold(const float* lanes, const FoldedJob& job, const Fold& fold, float bias, float* rows, float* y) {
+  const int64_t pool = job.filters.pool, step = pool == 1 ? job.W : job.slot;
+  float* to = pool == 1 ? y : rows;
+  if (job.W == 8) unfold_rows<8>(lanes, job, fold, to, step);
+  else if (job.W == 4) unfold_rows<4>(lanes, job, fold, to, step);
+  else unfold_rows<0>(lanes, job, fold, to, step);
+  if (pool > 1) finish_pool(rows, step, job.H, job.W, pool, bias, job.filters.relu, y);
 }
 
 // One filter's sums of a set.

@@ -61,13 +61,14 @@ LW_INLINE void pointwise_run(const float* x, const PointwiseJob& job, const int3
   constexpr int64_t kStep = kVectors * kLanes;
   const KeptFilters& filters = job.filters;
   const int64_t pixels = clamp(job.pixels - pixel, 0, kStep);
-  for (int64_t c = 0; c < job.channels; ++c) {
-    const float* from = x + c * job.pixels + pixel;
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t left = pixels - v * kLanes;
-      store(packed + c * kStep + v * kLanes,
-            left >= kLanes ? load(from + v * kLanes) : load_first(from + v * kLanes, int(clamp(left, 0, kLanes))));
-    }
+  const int last = int(clamp(pixels - (kVectors - 1) * kLanes, 0, kLanes));
+  const float* from = x + pixel;
+  for (int64_t c = 0; c < job.channels; ++c, from += job.pixels) {
+    float* to = packed + c * kStep;
+#pragma GCC unroll 4
+    for (int v = 0; v + 1 < kVectors; ++v) store(to + v * kLanes, load(from + v * kLanes));
+    const float* end = from + (kVectors - 1) * kLanes;
+    store(to + (kVectors - 1) * kLanes, last == kLanes ? load(end) : load_first(end, last));
   }
   for (int64_t n = 0; n < count; ++n) {
     const int32_t o = order[n], first = filters.offsets[o];
