@@ -16,9 +16,11 @@
 
 namespace liveweight {
 
-constexpr int kTileOutputs = 8;    // vectors of sums held in registers
+constexpr int kTileOutputs = 16;   // vectors of sums held in registers, at most
+constexpr int kExactOutputs = 8;   // the same where sums are of products that no filter shares
 constexpr int kMostRows = 256;     // filters of a block
 constexpr int kMostTileColumns = 4;
+constexpr int kMostTileRows = 8;
 
 // One axis of the outputs: how many lanes it is cut for, and outputs of each.
 struct LaneGrid {
@@ -34,6 +36,7 @@ struct PlaneStrides {
 struct PackPlan {
   LaneGrid grid;
   bool interleaved;                   // neighbouring lanes hold neighbouring outputs of a row
+  bool paired;                        // a lane holds two outputs of a row: dealt as even and odd ones
   int64_t out_rows, out_columns;      // of one lane
   int64_t height, width;              // of the input
   PlaneStrides strides;
@@ -65,6 +68,11 @@ struct SparseTiles {
   int64_t blocks, parts, rows, channels;  // rows, channels: of a tile
 };
 
+// Input that comes next, fetched into the cache a little at a time beside the multiply-adds.
+struct Ahead {
+  const float *next, *end;
+};
+
 struct TileJob {
   PackPlan pack;
   OutPlan out;
@@ -81,7 +89,8 @@ struct TileJob {
 }  // namespace liveweight
 
 LW_DECLARE(int tile_lanes())
+LW_DECLARE(int tile_outputs())
 LW_DECLARE(void tile_pack(const float* x, const TileJob& job, int64_t samples, int64_t begin, int64_t end,
                           float* scratch, float* packed))
 LW_DECLARE(void tile_convolve(const float* packed, const TileJob& job, const OutTile& tile, int64_t block,
-                              int64_t samples, float* sums, float* y))
+                              int64_t samples, Ahead& ahead, float* sums, float* y))

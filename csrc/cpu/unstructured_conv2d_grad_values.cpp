@@ -45,7 +45,7 @@ void dot_tile(const float* x, const float* grad, const TileJob& job, int64_t gro
 
 template <class Index, int kColumns>
 LW_INLINE auto pick_rows(int rows) {
-  constexpr int kMost = kTileOutputs / kColumns;
+  constexpr int kMost = kExactOutputs / kColumns;
   auto run = dot_tile<Index, 1, kColumns>;
   if constexpr (kMost >= 2) run = rows == 2 ? dot_tile<Index, 2, kColumns> : run;
   if constexpr (kMost >= 4) {

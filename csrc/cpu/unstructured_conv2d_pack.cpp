@@ -1,10 +1,12 @@
 // Packing of inputs for unstructured_conv2d: pad each channel, then deal it to lanes.
 #include "four_lanes.h"
 #include "unstructured_conv2d.h"
+#include "unstructured_conv2d_pairs.h"
 
 namespace liveweight::LW_ISA {
 
 int tile_lanes() { return kLanes; }
+int tile_outputs() { return kRegisters >= 32 ? kTileOutputs : kTileOutputs / 2; }
 
 LW_INLINE void fill_zero(float* out, int64_t count) {
   for (; count >= kLanes; count -= kLanes, out += kLanes) {
@@ -57,6 +59,29 @@ LW_INLINE void deal_neighbours(const float* base, const PackPlan& p, float* out)
   const int64_t step = p.out_columns > 1 ? kLanes : 1;
   for (int64_t r = 0; r < p.rows * p.phases; ++r, base += p.pad_width) {
     for (int64_t c = 0; c < p.phase_width; ++c, out += kLanes) store(out, load(base + c * step));
+  }
+}
+
+// Each lane holds two outputs of a row: even and odd columns of the rows of all its neighbours. Writes up
+// to one vector past the last row.
+LW_INLINE void deal_pairs(const float* scratch, int64_t picture, const PackPlan& p, float* out) {
+  const float* half[4];
+  for (int i = 0; i < 4; ++i) {
+    const int64_t lane = i * (kLanes / 4), row = lane / p.grid.columns;
+    half[i] = scratch + row / p.grid.rows * picture +
+              row % p.grid.rows * (p.out_rows * p.stride[0] * p.pad_width) + lane % p.grid.columns * 2;
+  }
+  const bool whole = p.grid.columns * 2 >= kLanes;
+  int64_t from = 0;
+  for (int64_t r = 0; r < p.rows; ++r, from += p.pad_width, out += p.phase_width * kLanes) {
+    for (int64_t c = 0; c < p.phase_width; c += 2) {
+      const int64_t at = from + c;
+      Vec even, odd;
+      if (whole) split_pairs(load(half[0] + at), load(half[2] + at), even, odd);
+      else split_pairs(load_halves(half[0] + at, half[1] + at), load_halves(half[2] + at, half[3] + at), even, odd);
+      store(out + c * kLanes, even);
+      store(out + (c + 1) * kLanes, odd);
+    }
   }
 }
 
@@ -128,7 +153,8 @@ void tile_pack(const float* x, const TileJob& job, int64_t samples, int64_t begi
       }
     }
     for (int64_t i = 0; i < count; ++i) {
-      if (p.interleaved) deal_neighbours(scratch + i * size, p, packed + (c + i) * p.plane);
+      if (p.paired) deal_pairs(scratch + i * size, picture, p, packed + (c + i) * p.plane);
+      else if (p.interleaved) deal_neighbours(scratch + i * size, p, packed + (c + i) * p.plane);
       else deal_blocks(scratch + i * size, picture, p, packed + (c + i) * p.plane);
     }
   }

@@ -48,7 +48,8 @@ class TileConv {
  public:
   TileConv(TileInput input, OutPlan out, SparseTiles weight, int64_t filters, int64_t groups,
            const float* bias, bool relu, bool exact = false)
-      : input_(std::move(input)), exact_(exact), lanes_(LW_SELECT(tile_lanes)()) {
+      : input_(std::move(input)), exact_(exact), lanes_(LW_SELECT(tile_lanes)()),
+        tile_outputs_(exact ? kExactOutputs : LW_SELECT(tile_outputs)()) {
     job_.out = out;
     job_.weight = weight;
     job_.filters = filters;
@@ -115,6 +116,7 @@ class TileConv {
     p.out_rows = (job_.out.height + grid.rows - 1) / grid.rows;
     p.out_columns = (job_.out.width + grid.columns - 1) / grid.columns;
     p.interleaved = grid.columns == lanes_ && (p.out_columns == 1 || (reach_[1] == 0 && per_row == 1));
+    p.paired = !p.interleaved && p.out_columns == 2 && per_row == 1 && grid.columns * 4 >= lanes_;
     p.rows = (p.out_rows - 1) * input_.stride[0] + reach_[0] + 1;
     p.phases = int64_t(phases_.size());
     p.phase_width = p.out_columns + reach_[1];
@@ -125,7 +127,7 @@ class TileConv {
     const double outputs = double(p.out_rows * p.out_columns);
     const double repeats = double((job_.samples + grid.samples - 1) / grid.samples);
     // A short tile spends more on broadcasts; planes beyond the second-level cache stream slowly.
-    double compute = outputs * double(kept_) * (1.0 + 1.2 / std::min(outputs, double(kTileOutputs)));
+    double compute = outputs * double(kept_) * (1.0 + 1.2 / std::min(outputs, double(tile_outputs_)));
     if (input_.channels * p.plane * 4 > (1 << 20)) compute *= 1.25;
     const double in = price(p, input_.strides) * double(vectors * input_.channels);
     const double out = price(p, job_.out.strides) * outputs * double(job_.filters);
@@ -136,7 +138,7 @@ class TileConv {
   double price(const PackPlan& p, const PlaneStrides& strides) const {
     if (p.grid.samples == lanes_ && strides.sample == 1) return 2;
     if (strides.column != 1) return 24;
-    return p.interleaved ? 2 : 6;
+    return p.interleaved ? 2 : p.paired ? 3 : 6;
   }
 
   void pick_grid() {
@@ -186,14 +188,15 @@ class TileConv {
 
   // Units of work of one round: tiles x blocks, and what all before each cost.
   void plan_units() {
+    const int64_t most = std::min<int64_t>(tile_outputs_, kMostTileRows);
     if (job_.pack.interleaved && job_.pack.rows == 1) {
       job_.chained = true;
       job_.row_step = lanes_;
-      split_evenly(job_.pack.out_columns, kTileOutputs, [&](int64_t column, int64_t columns) {
+      split_evenly(job_.pack.out_columns, most, [&](int64_t column, int64_t columns) {
         tiles_.push_back({0, int32_t(column), int32_t(columns), 1});
       });
     } else split_evenly(job_.pack.out_columns, kMostTileColumns, [&](int64_t column, int64_t columns) {
-      split_evenly(job_.pack.out_rows, kTileOutputs / columns, [&](int64_t row, int64_t rows) {
+      split_evenly(job_.pack.out_rows, std::min(tile_outputs_ / columns, most), [&](int64_t row, int64_t rows) {
         tiles_.push_back({int32_t(row), int32_t(column), int32_t(rows), int32_t(columns)});
       });
     });
@@ -215,14 +218,24 @@ class TileConv {
     return {&tiles_[size_t(tile)], by_block ? unit / tiles : unit % blocks};
   }
 
+  // What a round reads, where that lies in one piece.
+  Ahead next_input(int64_t round) const {
+    const int64_t sample = input_.channels * input_.height * input_.width;
+    if (input_.strides.sample != sample) return {};
+    const int64_t first = round * job_.pack.grid.samples;
+    const int64_t count = std::min(job_.pack.grid.samples, job_.samples - first);
+    return {input_.data + first * sample, input_.data + (first + count) * sample};
+  }
+
   int64_t sums_floats() const { return kMostRows * kTileOutputs * lanes_; }
 
-  void convolve(int64_t round, int64_t begin, int64_t end, const float* packed, float* sums, float* y) const {
+  void convolve(int64_t round, int64_t begin, int64_t end, const float* packed, Ahead ahead, float* sums,
+                float* y) const {
     const int64_t first = round * job_.pack.grid.samples;
     const int64_t count = std::min(job_.pack.grid.samples, job_.samples - first);
     for (int64_t unit = begin; unit < end; ++unit) {
       const auto [tile, block] = at_unit(unit);
-      LW_SELECT(tile_convolve)(packed, job_, *tile, block, count, sums, y + first * job_.out.strides.sample);
+      LW_SELECT(tile_convolve)(packed, job_, *tile, block, count, ahead, sums, y + first * job_.out.strides.sample);
     }
   }
 
@@ -233,7 +246,8 @@ class TileConv {
       Workspace<float> packed(packed_floats()), scratch(scratch_floats(job_.pack)), sums(sums_floats());
       for (int64_t round = begin; round < end; ++round) {
         pack(round, 0, input_.channels, scratch.data(), packed.data());
-        convolve(round, 0, int64_t(costs_.size()) - 1, packed.data(), sums.data(), y);
+        convolve(round, 0, int64_t(costs_.size()) - 1, packed.data(), round + 1 < end ? next_input(round + 1) : Ahead{},
+                 sums.data(), y);
       }
     });
   }
@@ -249,7 +263,7 @@ class TileConv {
       });
       parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
         Workspace<float> sums(sums_floats());
-        convolve(round, share(begin, threads), share(end, threads), packed.data(), sums.data(), y);
+        convolve(round, share(begin, threads), share(end, threads), packed.data(), {}, sums.data(), y);
       });
     }
   }
@@ -262,7 +276,7 @@ class TileConv {
 
   TileInput input_;
   bool exact_;  // no lane's block may stick out of the output
-  int64_t lanes_, kept_, reach_[2];
+  int64_t lanes_, tile_outputs_, kept_, reach_[2];
   std::vector<int64_t> phases_, table_, shift_;
   std::vector<OutTile> tiles_;
   std::vector<double> costs_;
