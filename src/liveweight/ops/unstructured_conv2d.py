@@ -32,8 +32,9 @@ def unstructured_conv2d(
 ) -> Tensor:
     """Apply a weight-sparse convolution: y = pool(act(conv2d(x, W) + b)).
 
-    x           [B, C, H, W] or [C, H, W] float32, any strides (other dtypes, and devices without
-                a kernel: plain PyTorch)
+    x           [B, C, H, W] or [C, H, W] float32 or bfloat16, any strides (other dtypes, and
+                devices without a kernel: plain PyTorch); bfloat16 is added up in float32 and
+                rounded once, in gradients as well
     weight      (Cout, C / groups, kh, kw), values like x
     bias        [Cout] like x, or None
     activation  None or "relu"
@@ -153,13 +154,25 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _select(op, plain, x: Tensor):
-    """Return the op, or its reference where the op's CPU kernel does not know the dtype."""
-    return plain if x.is_cpu and x.dtype is not torch.float32 else op
+def _run(op, plain, x: Tensor, *args) -> Tensor:
+    """Return op(x, *args), or its reference where the op's CPU kernel does not know the dtype.
+
+    The kernel adds up in float32: bfloat16 is widened before and rounded after it.
+    """
+    if not x.is_cpu or x.dtype is torch.float32:
+        return op(x, *args)
+    if x.dtype is not torch.bfloat16:
+        return plain(x, *args)
+    return op(*(_widen(value) for value in (x, *args))).to(x.dtype)
+
+
+def _widen(value):
+    is_narrow = isinstance(value, Tensor) and value.dtype is torch.bfloat16
+    return value.float() if is_narrow else value
 
 
 def _forward(x, *rest) -> Tensor:
-    return _select(_op, reference.unstructured_conv2d, x)(x, *rest)
+    return _run(_op, reference.unstructured_conv2d, x, *rest)
 
 
 def _through_epilogue(grad: Tensor, before: Tensor, relu: bool, pool: int) -> Tensor:
@@ -199,11 +212,11 @@ class _UnstructuredConv2d(torch.autograd.Function):
             grad = _aten.threshold_backward(grad, y, 0)
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            run = _select(_op_x, reference.unstructured_conv2d_grad_x, x)
-            grad_x = run(grad, values, *index, x.shape, *settings)
+            plain = reference.unstructured_conv2d_grad_x
+            grad_x = _run(_op_x, plain, grad, values, *index, x.shape, *settings)
         if ctx.needs_input_grad[1]:
-            run = _select(_op_values, reference.unstructured_conv2d_grad_values, x)
-            grad_values = run(grad, x, *index, *settings)
+            plain = reference.unstructured_conv2d_grad_values
+            grad_values = _run(_op_values, plain, grad, x, *index, *settings)
         if ctx.needs_input_grad[7]:
             grad_bias = grad.sum((0, 2, 3))
         return grad_x, grad_values, None, None, None, None, None, grad_bias, *(None,) * 7
