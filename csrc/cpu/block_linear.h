@@ -11,6 +11,8 @@ namespace liveweight {
 
 struct BlockWeight {
   const float* values;     // [kept, bw, bh]
+  const Bf16* halves;      // the same where bf16
+  bool bf16;               // not to be read from the pointers: both are null where nothing is kept
   const int32_t* offsets;  // [rows of blocks + 1]
   const int32_t* columns;  // [kept]
   int64_t N, K;
@@ -21,6 +23,42 @@ struct BlockWeight {
   int64_t padded_K() const { return columns_of_blocks() * bw; }
   int64_t size() const { return int64_t(bh) * bw; }
 };
+
+template <class T>
+const T* block_values(const BlockWeight& w) {
+  if constexpr (sizeof(T) == sizeof(float)) return w.values;
+  else return w.halves;
+}
+
+struct BlockInput {
+  const void* data;  // float or Bf16
+  int64_t M, K;
+  bool bf16, batch_last;  // x[k * M + m], else x[m * K + k]
+};
+
+// Some samples of x, packed as [padded K / g][width][g], g = 2 for pairs, else 1.
+struct BlockGroup {
+  const float* x;
+  int64_t step;   // floats from one step of columns to the next
+  int64_t first;  // first sample
+  int count;      // samples
+  int width;      // count rounded up to a size that kernels have; lanes without a sample are 0
+  bool panel;     // samples lie in vectors, else rows of W do
+};
+
+struct BlockOutput {
+  void* y;  // float or Bf16, as is the bias
+  int64_t M, N;
+  const void* bias;
+  int activation;
+  bool batch_last;  // y[n * M + m], else y[m * N + n]
+};
+
+constexpr int kMostBlockSamples = 48;  // of one group
+constexpr int64_t kPiece = 4096;       // weights that stay in the first-level cache beside samples
+
+// Scratch in which a piece is widened to fp32.
+inline int64_t block_piece_floats(int64_t size) { return size < kPiece ? kPiece : size; }
 
 }  // namespace liveweight
 
@@ -66,12 +104,15 @@ inline BlockWeight check_blocks(const char* op, const Tensor& offsets, const Ten
 }
 
 inline BlockWeight check_block_weight(const char* op, const Tensor& values, const Tensor& offsets,
-                                      const Tensor& columns, int64_t N, int64_t K) {
-  const float* data = checked_data<float>(op, "values", values, 3, ScalarType::Float);
+                                      const Tensor& columns, int64_t N, int64_t K,
+                                      ScalarType dtype = ScalarType::Float) {
+  const void* data = checked_data<void>(op, "values", values, 3, dtype);
   BlockWeight w = check_blocks(op, offsets, columns, N, K, values.size(2), values.size(1));
   LW_CHECK(values.size(0) == columns.numel(), op, ": expected ", columns.numel(), " blocks, got ",
            values.size(0));
-  w.values = data;
+  w.bf16 = dtype == ScalarType::BFloat16;
+  if (!w.bf16) w.values = static_cast<const float*>(data);
+  else w.halves = static_cast<const Bf16*>(data);
   return w;
 }
 

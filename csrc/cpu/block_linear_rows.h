@@ -18,32 +18,11 @@
 #define LW_PERMUTE(v, ...) __builtin_shuffle(v, Numbers{__VA_ARGS__})
 #endif
 
-namespace liveweight {
-
-// Up to kMostSamples samples of x, packed as [padded K / g][width][g], g = 2 for pairs, else 1.
-struct BlockGroup {
-  const float* x;
-  int64_t step;   // floats from one step of columns to the next
-  int64_t first;  // first sample
-  int count;      // samples
-  int width;      // count rounded up to a size that kernels have; lanes without a sample are 0
-};
-
-struct BlockOutput {
-  float* y;
-  int64_t M, N;
-  const float* bias;
-  int activation;
-  bool batch_last;  // y[n * M + m], else y[m * N + n]
-};
-
-constexpr int kMostSamples = 16;
-
-}  // namespace liveweight
-
 namespace liveweight::LW_ISA {
 
 typedef Lanes<kLanes> Row;
+constexpr int kMostSamples = 16;
+constexpr int64_t kAhead = 16 * 1024;  // bytes from the weights read to those asked for
 typedef int32_t Numbers __attribute__((vector_size(sizeof(Row))));
 
 // Lanes of two columns of half a vector each become a0 b0 a1 b1 ...
@@ -78,14 +57,14 @@ struct RowSums {
   static constexpr int kWidth = kPair ? 2 : 1;  // columns of a step
   Row sums[kChains][kVectors][kSamples] = {};
 
-  template <bool kMasked>
-  [[gnu::always_inline]] Row load_row(const float* w, int rows) {
+  template <bool kMasked, class T>
+  [[gnu::always_inline]] Row load_row(const T* w, int rows) {
     const Row v = kMasked ? Row(load_first(w, rows).v) : Row(load(w).v);
     return kPair ? interleave<kLanes>(v) : v;
   }
 
-  template <bool kMasked>
-  [[gnu::always_inline]] void add(int chain, const float* w, int rows, const float* x) {
+  template <bool kMasked, class T>
+  [[gnu::always_inline]] void add(int chain, const T* w, int rows, const float* x) {
     Row weight[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
@@ -100,8 +79,8 @@ struct RowSums {
   }
 
   // One block: `steps` steps of weights, `stride` floats apart.
-  template <bool kMasked>
-  [[gnu::always_inline]] void add_block(const float* w, int64_t stride, int rows, const float* x, int64_t x_stride,
+  template <bool kMasked, class T>
+  [[gnu::always_inline]] void add_block(const T* w, int64_t stride, int rows, const float* x, int64_t x_stride,
                            int steps) {
     int step = 0;
     for (; step + kChains <= steps; step += kChains) {
@@ -134,49 +113,55 @@ struct Strip {
   int skip, rows, count;  // rows: of the block, to load; count: of W, to store
 };
 
-// Every pass over a row of blocks asks for its part of the blocks of the next row, so that weights
-// arrive from memory while sums are computed.
-struct Fetch {
-  int64_t ahead;  // floats
-  int first, end;  // lines of 16 floats
-};
-
-template <int kVectors, class Sums>
+template <class T, int kVectors, class Sums>
 LW_INLINE void store_rows(const Sums& sums, const Strip& strip, const BlockGroup& group,
                           const BlockOutput& out) {
-  float turned[kMostSamples][kLanes];
+  constexpr int kSamples = sizeof(sums.sums[0][0]) / sizeof(Row);
+  const T* bias = static_cast<const T*>(out.bias);
+  T* to = static_cast<T*>(out.y);
+  T turned[kSamples][kLanes];
+  const int count = group.count < kSamples ? group.count : kSamples;
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) {
     const int64_t row = strip.row + v * kLanes;
     const int left = strip.count - v * kLanes;
     const int rows = left < kLanes ? left : kLanes;
     if (rows <= 0) return;
-    const Row bias = out.bias ? Row(load_first(out.bias + row, rows).v) : Row{};
+    const Row shift = bias ? Row(load_first(bias + row, rows).v) : Row{};
 #pragma GCC unroll 16
-    for (int s = 0; s < int(sizeof(sums.sums[0][0]) / sizeof(Row)); ++s) {
-      if (s >= group.count) break;
-      const Vec y = activate(Vec{sums.total(v, s) + bias}, out.activation);
+    for (int s = 0; s < kSamples; ++s) {
+      if (s >= count) break;
+      const Vec y = activate(Vec{sums.total(v, s) + shift}, out.activation);
       if (out.batch_last) store(turned[s], y);
-      else store_first(out.y + (group.first + s) * out.N + row, y, rows);
+      else store_first(to + (group.first + s) * out.N + row, y, rows);
     }
     if (!out.batch_last) continue;
     for (int r = 0; r < rows; ++r) {
-      float* to = out.y + (row + r) * out.M + group.first;
-      for (int s = 0; s < group.count; ++s) to[s] = turned[s][r];
+      T* column = to + (row + r) * out.M + group.first;
+      for (int s = 0; s < count; ++s) column[s] = turned[s][r];
     }
   }
 }
 
-// One strip of the row of blocks [at, end) with one group of samples.
-template <int kSamples, int kVectors, bool kPair, bool kMasked>
-void sum_strip(const BlockWeight& w, int64_t at, int64_t end, const Strip& strip, const Fetch& fetch,
+// Asks for the weights kAhead further on: all lines of a block, or one where so few samples meet it
+// that the memory sets the pace and its own prefetcher needs no more than the page.
+template <int kSamples, class T>
+LW_INLINE void ask_ahead(const T* block, int lines) {
+  const char* at = reinterpret_cast<const char*>(block) + kAhead;
+  if (kSamples < 4 && lines > 0) lines = 1;
+  for (int line = 0; line < lines; ++line) prefetch(at + line * 64);
+}
+
+// One strip of the row of blocks [at, end) with one group of samples; `ask`: lines of a block to fetch.
+template <class T, int kSamples, int kVectors, bool kPair, bool kMasked>
+void sum_strip(const BlockWeight& w, int64_t at, int64_t end, const Strip& strip, int ask,
                const BlockGroup& group, const BlockOutput& out) {
   typedef RowSums<kSamples, kVectors, kPair> Sums;
   Sums sums;
   const int64_t size = w.size(), x_stride = group.step;
   const int steps = w.bw / Sums::kWidth;
   const int64_t stride = int64_t(w.bh) * Sums::kWidth;
-  const float* values = w.values + strip.skip;
+  const T* values = block_values<T>(w) + strip.skip;
   const int ahead = steps >= 8 ? 1 : 8 / steps;  // blocks between fetching samples and using them
   const int lines = kSamples >= 4 ? (steps * int(x_stride) + 15) / 16 : 0;
   int64_t i = at;
@@ -184,15 +169,15 @@ void sum_strip(const BlockWeight& w, int64_t at, int64_t end, const Strip& strip
     for (; i + Sums::kChains <= end; i += Sums::kChains) {
 #pragma GCC unroll 8
       for (int chain = 0; chain < Sums::kChains; ++chain) {
-        const float* block = values + (i + chain) * size;
-        for (int line = fetch.first; line < fetch.end; ++line) prefetch(block + fetch.ahead + line * 16);
+        const T* block = values + (i + chain) * size;
+        ask_ahead<kSamples>(block, ask);
         sums.template add<kMasked>(chain, block, strip.rows, group.x + w.columns[i + chain] * x_stride);
       }
     }
   }
   for (; i < end; ++i) {
-    const float* block = values + i * size;
-    for (int line = fetch.first; line < fetch.end; ++line) prefetch(block + fetch.ahead + line * 16);
+    const T* block = values + i * size;
+    ask_ahead<kSamples>(block, ask);
     if (lines > 0 && lines <= 64) {
       const float* next = group.x + w.columns[i + ahead < end ? i + ahead : i] * (steps * x_stride);
       for (int line = 0; line < lines; ++line) prefetch(next + line * 16);
@@ -200,7 +185,7 @@ void sum_strip(const BlockWeight& w, int64_t at, int64_t end, const Strip& strip
     const float* x = group.x + w.columns[i] * (steps * x_stride);
     sums.template add_block<kMasked>(block, stride, strip.rows, x, x_stride, steps);
   }
-  store_rows<kVectors>(sums, strip, group, out);
+  store_rows<T, kVectors>(sums, strip, group, out);
 }
 
 }  // namespace liveweight::LW_ISA

@@ -79,6 +79,7 @@ def block_linear() -> Iterator[tuple]:
         index = (w.values, w.row_offsets, w.columns, list(w.shape))
         yield x, *index, bias, 2, False
         yield x.t().contiguous().t(), *index, None, 0, True
+        yield x.bfloat16(), w.values.bfloat16(), *index[1:], bias.bfloat16(), 1, False
 
 
 def block_linear_grad_x() -> Iterator[tuple]:

@@ -12,7 +12,8 @@ from liveweight.ops.activation import activation_code, activation_grad
 
 _NAME = "block_linear"
 _RELU = activation_code("relu")
-_float32 = torch.float32
+_FORWARD_DTYPES = (torch.float32, torch.bfloat16)  # of the CPU kernel of the forward pass
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def block_linear(
@@ -25,8 +26,8 @@ def block_linear(
 ) -> Tensor:
     """Apply a linear layer whose weight is a list of blocks: y = act(x W^T + b).
 
-    x           [..., K] float32 (other dtypes, and devices without a kernel: plain PyTorch);
-                a matrix whose transpose is contiguous is read where it lies
+    x           [..., K] float32 or bfloat16, added up in fp32 (other dtypes, and devices without a
+                kernel: plain PyTorch); a matrix whose transpose is contiguous is read where it lies
     weight      [N, K], values like x
     bias        [N] like x, or None
     activation  None, "relu", "gelu" or "gelu_tanh"
@@ -100,13 +101,18 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _select(op, plain, x: Tensor):
+def _select(op, plain, x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)):
     """Return the op, or its reference where the op's CPU kernel does not know the dtype."""
-    return plain if x.is_cpu and x.dtype is not _float32 else op
+    return plain if x.is_cpu and x.dtype not in dtypes else op
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    """Return a half-precision CPU tensor as float32, which the kernels of gradients add in."""
+    return tensor.float() if tensor.is_cpu and tensor.dtype in _HALVES else tensor
 
 
 def _forward(x, *rest) -> Tensor:
-    return _select(_op, reference.block_linear, x)(x, *rest)
+    return _select(_op, reference.block_linear, x, _FORWARD_DTYPES)(x, *rest)
 
 
 class _BlockLinear(torch.autograd.Function):
@@ -132,12 +138,12 @@ class _BlockLinear(torch.autograd.Function):
         grad = grad.contiguous()
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            run = _select(_op_x, reference.block_linear_grad_x, x)
-            grad_x = run(grad, values, *index, shape)
+            run = _select(_op_x, reference.block_linear_grad_x, _widen(x))
+            grad_x = run(_widen(grad), _widen(values), *index, shape).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            run = _select(_op_values, reference.block_linear_grad_values, x)
+            run = _select(_op_values, reference.block_linear_grad_values, _widen(x))
             block = (values.shape[2], values.shape[1])
-            grad_values = run(grad, x.contiguous(), *index, block)
+            grad_values = run(_widen(grad), _widen(x.contiguous()), *index, block).to(x.dtype)
         if ctx.needs_input_grad[5]:
             grad_bias = grad.sum(0)
         return grad_x, grad_values, None, None, None, grad_bias, None, None
