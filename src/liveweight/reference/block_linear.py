@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,7 +26,11 @@ def block_linear(
 
     y[m, r * bh + i] = act(bias + sum of values[b, j, i] x[m, columns[b] * bw + j] over the blocks b
     of row r and their columns j). Only kept blocks are multiplied. batch_last: y.t() is contiguous.
+    Half precision on a CPU is added up in fp32 and rounded once, as the kernel does.
     """
+    if x.is_cpu and x.dtype in (torch.bfloat16, torch.float16):
+        rest = (shape, None if bias is None else bias.float(), activation, batch_last)
+        return block_linear(x.float(), values.float(), row_offsets, columns, *rest).to(x.dtype)
     kept, bw, bh = values.shape
     rows, columns = row_of(row_offsets, kept), columns.long()
     parts = _cut(x, bw)
