@@ -42,9 +42,11 @@ void turn_back(const float* in, Layout layout, int64_t batch, int64_t channels, 
 namespace liveweight {
 
 void run_turned(const KernelwiseConv& conv, int64_t begin, int64_t end) {
-  constexpr int64_t kLine = 16;  // samples of a cache line
+  constexpr int64_t kLine = 16;  // samples of a cache line, and more than are folded together
   const ConvSizes& s = conv.sizes;
-  const bool line = conv.x_layout == Layout::batch_last || conv.y_layout == Layout::batch_last;
+  // How narrow pictures are folded, and so how sums are rounded, must not depend on threads.
+  const bool line = conv.x_layout == Layout::batch_last || conv.y_layout == Layout::batch_last ||
+                    prefer_folded(s, cpu_lanes());
   const int64_t threads = threads_for(s, conv.kept), most = std::min(end - begin, line ? kLine : threads);
   const int64_t in = s.C * s.H * s.W, out = s.filters * conv.out_pixels();
   const bool turn_in = conv.x_layout != Layout::contiguous, turn_out = conv.y_layout != Layout::contiguous;

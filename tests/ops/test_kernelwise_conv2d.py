@@ -335,6 +335,19 @@ def test_threads_change_nothing(batch):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [(4, 4), (7, 8), (5, 20)])
+def test_threads_change_nothing_in_any_layout(size, layout):
+    case = Case(channels=40, filters=30, size=size, batch=13)
+    x, _, packed, bias = case.make()
+    x, before, results = lay_out(x, layout), torch.get_num_threads(), []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        results.append(kernelwise_conv2d(x, packed, bias, **case.options))
+    torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 def test_kernels_agree_with_the_references(case):
     x, weight, packed, bias = case.make()
     index = (packed.filter_offsets, packed.channels)
