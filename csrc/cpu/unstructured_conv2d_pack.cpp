@@ -109,15 +109,23 @@ LW_INLINE void deal_blocks(const float* scratch, int64_t picture, const PackPlan
 
 // Lanes are samples, which lie side by side in x: nothing to deal, only to pad.
 LW_INLINE void pad_samples(const float* x, const PackPlan& p, int64_t samples, float* out) {
+  const int64_t step = p.stride[1] * p.strides.column;
   for (int64_t r = 0; r < p.rows; ++r) {
     const int64_t row = r + p.origin[0];
-    for (int64_t i = 0; i < p.phases; ++i) {
-      for (int64_t c = 0; c < p.phase_width; ++c, out += kLanes) {
-        const int64_t column = c * p.stride[1] + p.phase[i] + p.origin[1];
-        const bool inside = row >= 0 && row < p.height && column >= 0 && column < p.width;
-        const float* from = x + row * p.strides.row + column * p.strides.column;
-        store(out, inside ? load_first(from, int(samples)) : zero());
+    const bool inside = row >= 0 && row < p.height;
+    for (int64_t i = 0; i < p.phases; ++i, out += p.phase_width * kLanes) {
+      const int64_t start = p.phase[i] + p.origin[1];
+      int64_t left = first_at(0, p.stride[1], start), right = first_at(p.width, p.stride[1], start);
+      if (left > p.phase_width || !inside) left = p.phase_width;
+      if (right > p.phase_width || !inside) right = p.phase_width;
+      const float* from = x + row * p.strides.row + start * p.strides.column;
+      for (int64_t c = 0; c < left; ++c) store(out + c * kLanes, zero());
+      if (samples == kLanes) {
+        for (int64_t c = left; c < right; ++c) store(out + c * kLanes, load(from + c * step));
+      } else {
+        for (int64_t c = left; c < right; ++c) store(out + c * kLanes, load_first(from + c * step, int(samples)));
       }
+      for (int64_t c = right; c < p.phase_width; ++c) store(out + c * kLanes, zero());
     }
   }
 }

@@ -9,6 +9,7 @@
 
 namespace liveweight {
 
+constexpr int64_t kBandFloats = 448 * 1024;  // of a packed band: the second-level cache holds them
 constexpr int64_t kPadFloats = 4096;  // of padded pictures at a time: they stay in the first-level cache
 
 inline int64_t picture_floats(const PackPlan& p) {
@@ -62,15 +63,16 @@ class TileConv {
     reach_[0] = largest(input_.tap_row);
     reach_[1] = largest(input_.tap_column) / input_.stride[1];
     pick_grid();
+    if (!exact && job_.pack.grid.rows == 1) plan_bands();
     plan_tables(groups);
     plan_units();
   }
 
   void run(float* y) const {
     if (job_.samples == 0 || job_.filters == 0) return;
-    const double work = double(kept_ + job_.filters) * double(job_.samples * job_.out.height * job_.out.width);
-    const int64_t threads = threads_for_work(work);
-    const int64_t count = rounds();
+    const double outputs = double(job_.samples * bands_ * job_.out.height * job_.out.width);
+    const int64_t threads = threads_for_work(double(kept_ + job_.filters) * outputs);
+    const int64_t count = rounds() * bands_;
     if (threads == 1 || count % threads == 0 || count >= 4 * threads) return run_by_sample(threads, y);
     run_by_unit(threads, y);
   }
@@ -89,11 +91,13 @@ class TileConv {
     return (input_.channels + w.parts * w.channels + w.channels) * job_.pack.plane;
   }
 
-  // Channels [begin, end) of a round.
-  void pack(int64_t round, int64_t begin, int64_t end, float* scratch, float* packed) const {
-    const int64_t first = round * job_.pack.grid.samples;
+  // Channels [begin, end) of a turn: a band of rows of a round.
+  void pack(int64_t turn, int64_t begin, int64_t end, float* scratch, float* packed) const {
+    const int64_t first = turn / bands_ * job_.pack.grid.samples;
     const int64_t count = std::min(job_.pack.grid.samples, job_.samples - first);
-    LW_SELECT(tile_pack)(input_.data + first * input_.strides.sample, job_, count, begin, end, scratch, packed);
+    TileJob job = job_;
+    job.pack.origin[0] += turn % bands_ * job.pack.out_rows * job.pack.stride[0];
+    LW_SELECT(tile_pack)(input_.data + first * input_.strides.sample, job, count, begin, end, scratch, packed);
   }
 
  private:
@@ -117,13 +121,11 @@ class TileConv {
     p.out_columns = (job_.out.width + grid.columns - 1) / grid.columns;
     p.interleaved = grid.columns == lanes_ && (p.out_columns == 1 || (reach_[1] == 0 && per_row == 1));
     p.paired = !p.interleaved && p.out_columns == 2 && per_row == 1 && grid.columns * 4 >= lanes_;
-    p.rows = (p.out_rows - 1) * input_.stride[0] + reach_[0] + 1;
     p.phases = int64_t(phases_.size());
     p.phase_width = p.out_columns + reach_[1];
-    p.pad_rows = (grid.rows * p.out_rows - 1) * input_.stride[0] + reach_[0] + 1;
     p.pad_width = grid.columns * p.out_columns + reach_[1];
-    const int64_t vectors = p.rows * p.phases * p.phase_width + (4 - p.phase_width % 4) % 4;
-    p.plane = vectors * lanes_;
+    size_planes(p);
+    const int64_t vectors = p.plane / lanes_;
     const double outputs = double(p.out_rows * p.out_columns);
     const double repeats = double((job_.samples + grid.samples - 1) / grid.samples);
     // A short tile spends more on broadcasts; planes beyond the second-level cache stream slowly.
@@ -159,6 +161,26 @@ class TileConv {
     best.strides = input_.strides;
     best.phase = phases_.data();
     for (int d = 0; d < 2; ++d) best.origin[d] = input_.origin[d], best.stride[d] = input_.stride[d];
+  }
+
+  void size_planes(PackPlan& p) const {
+    p.rows = (p.out_rows - 1) * input_.stride[0] + reach_[0] + 1;
+    p.pad_rows = (p.grid.rows * p.out_rows - 1) * input_.stride[0] + reach_[0] + 1;
+    p.plane = (p.rows * p.phases * p.phase_width + (4 - p.phase_width % 4) % 4) * lanes_;
+  }
+
+  // Cuts planes that the second-level cache does not hold into bands of as many rows each.
+  void plan_bands() {
+    PackPlan& p = job_.pack;
+    const int64_t height = job_.out.height;
+    while (input_.channels * p.plane > kBandFloats && bands_ < height) {
+      do ++bands_;
+      while (height % bands_);
+      p.out_rows = height / bands_;
+      size_planes(p);
+    }
+    job_.out.height = p.out_rows;
+    p.together = channels_together(p);
   }
 
   void plan_tables(int64_t groups) {
@@ -229,41 +251,42 @@ class TileConv {
 
   int64_t sums_floats() const { return kMostRows * kTileOutputs * lanes_; }
 
-  void convolve(int64_t round, int64_t begin, int64_t end, const float* packed, Ahead ahead, float* sums,
+  void convolve(int64_t turn, int64_t begin, int64_t end, const float* packed, Ahead ahead, float* sums,
                 float* y) const {
-    const int64_t first = round * job_.pack.grid.samples;
+    const int64_t first = turn / bands_ * job_.pack.grid.samples;
     const int64_t count = std::min(job_.pack.grid.samples, job_.samples - first);
+    y += first * job_.out.strides.sample + turn % bands_ * job_.out.height * job_.out.strides.row;
     for (int64_t unit = begin; unit < end; ++unit) {
       const auto [tile, block] = at_unit(unit);
-      LW_SELECT(tile_convolve)(packed, job_, *tile, block, count, ahead, sums, y + first * job_.out.strides.sample);
+      LW_SELECT(tile_convolve)(packed, job_, *tile, block, count, ahead, sums, y);
     }
   }
 
-  // Each worker packs and convolves rounds of its own.
+  // Each worker packs and convolves turns of its own.
   void run_by_sample(int64_t threads, float* y) const {
-    const int64_t count = rounds();
+    const int64_t count = rounds() * bands_;
     parallel_for(count, (count + threads - 1) / threads, [&](int64_t begin, int64_t end) {
       Workspace<float> packed(packed_floats()), scratch(scratch_floats(job_.pack)), sums(sums_floats());
-      for (int64_t round = begin; round < end; ++round) {
-        pack(round, 0, input_.channels, scratch.data(), packed.data());
-        convolve(round, 0, int64_t(costs_.size()) - 1, packed.data(), round + 1 < end ? next_input(round + 1) : Ahead{},
-                 sums.data(), y);
+      for (int64_t turn = begin; turn < end; ++turn) {
+        pack(turn, 0, input_.channels, scratch.data(), packed.data());
+        const Ahead ahead = bands_ == 1 && turn + 1 < end ? next_input(turn + 1) : Ahead{};
+        convolve(turn, 0, int64_t(costs_.size()) - 1, packed.data(), ahead, sums.data(), y);
       }
     });
   }
 
-  // All pack channels of a round, then each takes units of about the same cost together.
+  // All pack channels of a turn, then each takes units of about the same cost together.
   void run_by_unit(int64_t threads, float* y) const {
     Workspace<float> packed(packed_floats());
     const int64_t channels = (input_.channels + threads - 1) / threads;
-    for (int64_t round = 0; round < rounds(); ++round) {
+    for (int64_t turn = 0; turn < rounds() * bands_; ++turn) {
       parallel_for(input_.channels, std::max<int64_t>(channels, 1), [&](int64_t begin, int64_t end) {
         Workspace<float> scratch(scratch_floats(job_.pack));
-        pack(round, begin, end, scratch.data(), packed.data());
+        pack(turn, begin, end, scratch.data(), packed.data());
       });
       parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
         Workspace<float> sums(sums_floats());
-        convolve(round, share(begin, threads), share(end, threads), packed.data(), {}, sums.data(), y);
+        convolve(turn, share(begin, threads), share(end, threads), packed.data(), {}, sums.data(), y);
       });
     }
   }
@@ -275,6 +298,7 @@ class TileConv {
   }
 
   TileInput input_;
+  int64_t bands_ = 1;
   bool exact_;  // no lane's block may stick out of the output
   int64_t lanes_, tile_outputs_, kept_, reach_[2];
   std::vector<int64_t> phases_, table_, shift_;

@@ -56,6 +56,18 @@ def test_layouts(layout, to, batch, pool):
     assert y.stride() == lay_out(torch.empty(y.shape), wanted).stride()
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "batch_last"])
+@pytest.mark.parametrize(
+    "size,stride", [((32, 34), (1, 1)), ((27, 50), (1, 2)), ((31, 33), (2, 1))]
+)
+def test_planes_beyond_the_cache(layout, size, stride):
+    case = Case(channels=70, filters=5, batch=17, size=size, stride=stride, padding=(1, 0))
+    x, weight, packed, bias = case.make(0.1)
+    for pool in (1, 2):
+        got = unstructured_conv2d(lay_out(x, layout), packed, bias, pool=pool, **case.options)
+        assert_close(got, expected(x, weight, bias, case, pool=pool), 630)
+
+
 def test_any_strides():
     case = Case(channels=4)
     x, weight, packed, bias = case.make()
