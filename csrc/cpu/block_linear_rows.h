@@ -119,7 +119,7 @@ LW_INLINE void store_rows(const Sums& sums, const Strip& strip, const BlockGroup
   constexpr int kSamples = sizeof(sums.sums[0][0]) / sizeof(Row);
   const T* bias = static_cast<const T*>(out.bias);
   T* to = static_cast<T*>(out.y);
-  T turned[kSamples][kLanes];
+  T turned[kSamples][kLanes] = {};
   const int count = group.count < kSamples ? group.count : kSamples;
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) {
