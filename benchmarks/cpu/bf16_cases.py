@@ -13,7 +13,7 @@ import liveweight as lw
 from cpu.linear_cases import SQUARE, TALL, pruned_blocks
 from cpu.timing import OURS, Cell, Settings, measure
 
-KINDS = {"F.linear": "torch", "oneDNN packed": "dense", "ours, fp32": "note"}
+KINDS = {"F.linear": "torch", "oneDNN packed": "dense", "fp32": "note"}
 TOLERANCE = 1e-2  # relative: one rounding to 8 bits, of operands that are the same for all calls
 
 
@@ -47,7 +47,7 @@ def _cell(weight: Tensor, kind: str, sparsity: float, batch: int) -> Cell:
     calls = {
         OURS: lambda: narrow(x),
         "F.linear": lambda: F.linear(x, weight),
-        "ours, fp32": lambda: wide(wide_x),
+        "fp32": lambda: wide(wide_x),
     }
     if torch.backends.mkldnn.is_available():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, batch)

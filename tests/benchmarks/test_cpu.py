@@ -145,6 +145,7 @@ def test_every_target_reads_rows_that_the_suite_measures(load, monkeypatch, timi
                       for s in (0.8, 0.9, 0.95)]  # fmt: skip
     tables["training"] = [{"torch": 3.0, "net": "4096-4096-4096-10", "sparsity": 0.9}]
     tables["memory"] = [{"limit": 0.63, "bytes": 0.6, "format": "unstructured"}]
+    tables["nets"] = [{**row, "changed": 1} for row in tables["nets"]]
     run = load("run")
     tables["peers"] = [{**labels, "deepsparse": 1.0} for labels, _ in run.cases(quick=False)]
     judged = [targets.judge(t, targets.derived(tables)) for t in targets.all_targets()]
