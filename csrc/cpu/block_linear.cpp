@@ -200,7 +200,7 @@ Tensor new_output(const Tensor& x, int64_t M, int64_t N, bool batch_last) {
 }
 
 Tensor block_linear(const Tensor& x, const Tensor& values, const Tensor& row_offsets,
-                    const Tensor& columns, std::vector<int64_t> shape,
+                    const Tensor& columns, const Tensor& /*schedule*/, std::vector<int64_t> shape,
                     const std::optional<Tensor>& bias, int64_t activation, bool batch_last) {
   const char* op = "block_linear";
   BlockJob job{};

@@ -199,7 +199,8 @@ void share_evenly(int64_t count, int64_t threads, const Body& body) {
 }
 
 Tensor block_linear_grad_x(const Tensor& grad, const Tensor& values, const Tensor& row_offsets,
-                           const Tensor& columns, std::vector<int64_t> shape) {
+                           const Tensor& columns, const Tensor& /*schedule*/,
+                           std::vector<int64_t> shape) {
   const char* op = "block_linear_grad_x";
   const float* g = checked_data<float>(op, "grad", grad, 2, ScalarType::Float);
   LW_CHECK(shape.size() == 2, op, ": expected shape [N, K], got ", shape.size(), " sizes");
@@ -228,7 +229,8 @@ Tensor block_linear_grad_x(const Tensor& grad, const Tensor& values, const Tenso
 }
 
 Tensor block_linear_grad_values(const Tensor& grad, const Tensor& x, const Tensor& row_offsets,
-                                const Tensor& columns, std::vector<int64_t> block) {
+                                const Tensor& columns, const Tensor& /*schedule*/,
+                                std::vector<int64_t> block) {
   const char* op = "block_linear_grad_values";
   constexpr int64_t kBatch = 512;  // samples sorted into blocks at a time
   const float* g = checked_data<float>(op, "grad", grad, 2, ScalarType::Float);

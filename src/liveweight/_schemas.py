@@ -48,6 +48,7 @@ SCHEMAS: dict[str, str] = {
         Tensor values,
         Tensor row_offsets,
         Tensor columns,
+        Tensor schedule,
         int[2] shape,
         Tensor? bias,
         int activation,
@@ -58,6 +59,7 @@ SCHEMAS: dict[str, str] = {
         Tensor values,
         Tensor row_offsets,
         Tensor columns,
+        Tensor schedule,
         int[2] shape
     ) -> Tensor""",
     "block_linear_grad_values": """(
@@ -65,6 +67,7 @@ SCHEMAS: dict[str, str] = {
         Tensor x,
         Tensor row_offsets,
         Tensor columns,
+        Tensor schedule,
         int[2] block
     ) -> Tensor""",
     "kernelwise_conv2d": """(

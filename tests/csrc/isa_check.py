@@ -76,7 +76,7 @@ def blocks() -> Iterator[tuple]:
 
 def block_linear() -> Iterator[tuple]:
     for x, _, bias, w in blocks():
-        index = (w.values, w.row_offsets, w.columns, list(w.shape))
+        index = (w.values, w.row_offsets, w.columns, w.schedule, list(w.shape))
         yield x, *index, bias, 2, False
         yield x.t().contiguous().t(), *index, None, 0, True
         yield x.bfloat16(), w.values.bfloat16(), *index[1:], bias.bfloat16(), 1, False
@@ -84,12 +84,12 @@ def block_linear() -> Iterator[tuple]:
 
 def block_linear_grad_x() -> Iterator[tuple]:
     for _, grad, _, w in blocks():
-        yield grad, w.values, w.row_offsets, w.columns, list(w.shape)
+        yield grad, w.values, w.row_offsets, w.columns, w.schedule, list(w.shape)
 
 
 def block_linear_grad_values() -> Iterator[tuple]:
     for x, grad, _, w in blocks():
-        yield grad, x, w.row_offsets, w.columns, list(w.block)
+        yield grad, x, w.row_offsets, w.columns, w.schedule, list(w.block)
 
 
 def convs() -> Iterator[tuple]:

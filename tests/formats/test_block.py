@@ -52,7 +52,7 @@ def test_layout_is_column_after_column():
     assert packed.row_offsets.tolist() == [0, 1, 3] and packed.columns.tolist() == [0, 0, 1]
     assert torch.equal(packed.values[2], weight[2:, 3:].t())
     assert packed.density == 0.75
-    assert packed.nbytes == 18 * 4 + 3 * 4 + 3 * 4
+    assert packed.nbytes == 18 * 4 + 3 * 4 + 3 * 4 + (2 + 2 + 3 + 2 * 3) * 4
 
 
 def test_negative_zero_is_zero_and_masks_store_zeros():
@@ -116,6 +116,9 @@ def test_validate_finds_what_is_broken():
         (ValueError, "row_offsets must start at 0", {"row_offsets": packed.row_offsets + 1}),
         (ValueError, "row_offsets", {"shape": (8, 5)}),
         (ValueError, "shape must be", {"shape": (5,)}),
+        (ValueError, "schedule must be make_schedule", {"schedule": packed.schedule.flip(0)}),
+        (ValueError, "schedule must have shape", {"schedule": packed.schedule[1:]}),
+        (TypeError, "schedule must be int32", {"schedule": packed.schedule.long()}),
     ]:
         with pytest.raises(error, match=message):
             dataclasses.replace(packed, **change).validate()

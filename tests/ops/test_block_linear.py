@@ -28,7 +28,7 @@ def make(M, N, K, block=(16, 16), density=0.3, dtype=torch.float32):
 
 
 def parts(packed):
-    return packed.values, packed.row_offsets, packed.columns
+    return packed.values, packed.row_offsets, packed.columns, packed.schedule
 
 
 def expected(x, weight, bias, activation=None):
@@ -193,7 +193,7 @@ def test_gradients(block, activation):
 def test_gradients_of_many_samples():
     x, weight, packed, _ = make(1100, 20, 24, (8, 8))
     grad = torch.randn(1100, 20)
-    got = OPS.block_linear_grad_values(grad, x, packed.row_offsets, packed.columns, [8, 8])
+    got = OPS.block_linear_grad_values(grad, x, *parts(packed)[1:], [8, 8])
     got = dataclasses.replace(packed, values=got).to_dense()
     assert_close(got, (grad.double().t() @ x.double()) * (weight != 0), 1100)
     got = OPS.block_linear_grad_x(grad, *parts(packed), [20, 24])
@@ -261,7 +261,7 @@ def test_autocast_casts_the_input_back():
 @pytest.mark.parametrize("M", [1, 6, 40, 300])
 def test_threads_change_nothing(M, block):
     x, _, packed, bias = make(M, 300, 700, block, 0.5)
-    grad, index = torch.randn(M, 300), (packed.row_offsets, packed.columns)
+    grad, index = torch.randn(M, 300), parts(packed)[1:]
     results = []
     before = torch.get_num_threads()
     for threads in (1, 2, 3):
@@ -288,7 +288,7 @@ def test_two_callers_at_once():
 
 def test_reference_works_through_its_batches_in_parts(monkeypatch):
     x, weight, packed, bias = make(20, 30, 50, (8, 8))
-    grad, index = torch.randn(20, 30), (packed.row_offsets, packed.columns)
+    grad, index = torch.randn(20, 30), parts(packed)[1:]
     monkeypatch.setattr("liveweight.reference.parts._CHUNK", 3 * packed.values.shape[0] * 8)
     got = reference.block_linear(x, *parts(packed), packed.shape, bias, 0, False)
     assert_close(got, expected(x, weight, bias), 50)
@@ -303,7 +303,7 @@ def test_reference_works_through_its_batches_in_parts(monkeypatch):
 @pytest.mark.parametrize("M", [0, 5])
 def test_opcheck(M):
     x, _, packed, bias = make(M, 8, 12, (4, 4))
-    grad, index, size = torch.randn(M, 8), (packed.row_offsets, packed.columns), [8, 12]
+    grad, index, size = torch.randn(M, 8), parts(packed)[1:], [8, 12]
     opcheck(OPS.block_linear.default, (x, *parts(packed), size, bias, 1, False))
     opcheck(OPS.block_linear.default, (x, *parts(packed), size, None, 0, True))
     halves = [t.bfloat16() for t in (x, packed.values, bias)]
@@ -352,7 +352,7 @@ def test_messages(case):
 
 def test_launchers_guard_memory():
     x, _, packed, bias = make(2, 5, 6, (2, 2), 1.0)
-    values, offsets, columns = parts(packed)
+    values, offsets, columns, schedule = parts(packed)
 
     def refuses(message, *args):
         with pytest.raises(RuntimeError, match=message):
@@ -362,15 +362,20 @@ def test_launchers_guard_memory():
     refuses(r"x \[M, K\] float32", x.double(), *parts(packed), [5, 6], bias)
     refuses("values has the wrong dtype", x.bfloat16(), *parts(packed), [5, 6], bias.bfloat16())
     refuses("bias has the wrong dtype", x, *parts(packed), [5, 6], bias.bfloat16())
-    refuses("must rise from 0", x, values, offsets.flip(0), columns, [5, 6], bias)
+    refuses("must rise from 0", x, values, offsets.flip(0), columns, schedule, [5, 6], bias)
     refuses("columns must be in", x[:, :4].contiguous(), *parts(packed), [5, 4], bias)
     refuses("expected 4 row_offsets|expected 5 row_offsets", x, *parts(packed), [8, 6], bias)
-    refuses("expected 9 blocks", x, values[1:], offsets, columns, [5, 6], bias)
+    refuses("expected 9 blocks", x, values[1:], offsets, columns, schedule, [5, 6], bias)
     refuses(r"expected bias \[5\]", x, *parts(packed), [5, 6], bias[:4])
     refuses(
-        "expected blocks of 1 to 128", x, values.new_zeros(9, 0, 2), offsets, columns, [5, 6], None
+        "expected blocks of 1 to 128",
+        x,
+        values.new_zeros(9, 0, 2),
+        *parts(packed)[1:],
+        [5, 6],
+        None,
     )
     with pytest.raises(RuntimeError, match="expected grad"):
         OPS.block_linear_grad_x(x, *parts(packed), [5, 6])
     with pytest.raises(RuntimeError, match="expected grad"):
-        OPS.block_linear_grad_values(torch.ones(3, 5), x, offsets, columns, [2, 2])
+        OPS.block_linear_grad_values(torch.ones(3, 5), x, *parts(packed)[1:], [2, 2])

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from liveweight._packing import csr_pattern
 from liveweight.formats import pattern
+from liveweight.formats.schedule import check_schedule, make_schedule
 
 _OWNER = "Block"
 _MOST = 128
@@ -30,6 +31,7 @@ class Block(pattern.PackedWeight):
     row_offsets  [ceil(N / bh) + 1]  int32, starts at 0, never decreases, ends at kept
     columns      [kept]              int32 in [0, ceil(K / bw)), strictly increasing inside a row
     shape        (N, K) = (out_features, in_features)
+    schedule     int32               formats.schedule.make_schedule of the two; None fills it in
 
     The constructor stores what it is given; ``validate`` checks it.
     """
@@ -40,6 +42,13 @@ class Block(pattern.PackedWeight):
     row_offsets: Tensor
     columns: Tensor
     shape: tuple[int, int]
+    schedule: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.schedule is None:
+            width = grid(self.shape, self.block)[1]
+            made = make_schedule(self.row_offsets, self.columns, width)
+            object.__setattr__(self, "schedule", made)
 
     @classmethod
     def from_dense(
@@ -118,10 +127,11 @@ class Block(pattern.PackedWeight):
         pattern.check_values(_OWNER, self.values, wanted, self.columns)
         if int(self.to_dense().count_nonzero()) != int(self.values.count_nonzero()):
             raise ValueError(f"{_OWNER}: values must be zero outside of the shape {self.shape}")
+        check_schedule(_OWNER, self.schedule, self.row_offsets, self.columns, size[1])
         return self
 
     def _tensors(self) -> tuple[Tensor, ...]:
-        return self.values, self.row_offsets, self.columns
+        return self.values, self.row_offsets, self.columns, self.schedule
 
 
 def check_block(block: tuple[int, int]) -> tuple[int, int]:

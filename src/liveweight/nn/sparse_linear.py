@@ -100,7 +100,7 @@ class SparseLinear(SparseModule):
         values, bias = parameters["values"], parameters["bias"]
         code, shape = activation_code(self.activation), self.weight_shape
         if self.format == "block":
-            pattern = (index["row_offsets"], index["columns"])
+            pattern = (index["row_offsets"], index["columns"], index["schedule"])
             return apply_block(x, values, *pattern, shape, bias, code, self.batch_last)
         pattern = (index["columns"], index["segments"], index["offsets"], index["bits"])
         tile = self._fixed["tile"]

@@ -40,7 +40,7 @@ def block_linear(
     """
     if not isinstance(weight, Block):
         raise TypeError(f"{_NAME}: weight must be formats.Block, got {type(weight).__name__}")
-    parts = (weight.values, weight.row_offsets, weight.columns, weight.shape)
+    parts = (weight.values, weight.row_offsets, weight.columns, weight.schedule, weight.shape)
     return apply_block(x, *parts, bias, activation_code(activation), batch_last)
 
 
@@ -49,6 +49,7 @@ def apply_block(
     values: Tensor,
     row_offsets: Tensor,
     columns: Tensor,
+    schedule: Tensor,
     shape: tuple[int, int],
     bias: Tensor | None,
     activation: int,
@@ -59,7 +60,7 @@ def apply_block(
     flat = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), shape[1])
     if not (flat.is_contiguous() or flat.t().is_contiguous()):
         flat = flat.contiguous()
-    args = (flat, values, row_offsets, columns, shape, bias, activation, batch_last)
+    args = (flat, values, row_offsets, columns, schedule, shape, bias, activation, batch_last)
     if torch.is_grad_enabled() and (
         x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
     ):
@@ -119,18 +120,19 @@ class _BlockLinear(torch.autograd.Function):
     """grad_x = G W, grad_W[n, k] = sum_m G[m, n] x[m, k] in kept blocks, G = grad * act'."""
 
     @staticmethod
-    def forward(ctx, x, values, row_offsets, columns, shape, bias, activation, batch_last):
-        y = _forward(x, values, row_offsets, columns, shape, bias, activation, batch_last)
+    def forward(ctx, x, values, row_offsets, columns, schedule, shape, bias, activation, last):
+        index = (row_offsets, columns, schedule)
+        y = _forward(x, values, *index, shape, bias, activation, last)
         kept = y if activation == _RELU else None
-        ctx.save_for_backward(x, values, row_offsets, columns, bias, kept)
+        ctx.save_for_backward(x, values, *index, bias, kept)
         ctx.shape, ctx.activation = shape, activation
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, values, row_offsets, columns, bias, before = ctx.saved_tensors
-        index, shape = (row_offsets, columns), ctx.shape
+        x, values, *index, bias, before = ctx.saved_tensors
+        shape = ctx.shape
         if ctx.activation:
             if before is None:  # the sum is computed again: cheaper than keeping it
                 before = _forward(x, values, *index, shape, bias, 0, False)
@@ -144,22 +146,22 @@ class _BlockLinear(torch.autograd.Function):
             run = _select(_op_values, reference.block_linear_grad_values, _widen(x))
             block = (values.shape[2], values.shape[1])
             grad_values = run(_widen(grad), _widen(x.contiguous()), *index, block).to(x.dtype)
-        if ctx.needs_input_grad[5]:
+        if ctx.needs_input_grad[6]:
             grad_bias = grad.sum(0)
-        return grad_x, grad_values, None, None, None, grad_bias, None, None
+        return grad_x, grad_values, None, None, None, None, grad_bias, None, None
 
 
-def _fake(x, values, row_offsets, columns, shape, bias, activation, batch_last):
+def _fake(x, values, row_offsets, columns, schedule, shape, bias, activation, batch_last):
     if batch_last:
         return x.new_empty(shape[0], x.shape[0]).t()
     return x.new_empty(x.shape[0], shape[0])
 
 
-def _fake_grad_x(grad, values, row_offsets, columns, shape):
+def _fake_grad_x(grad, values, row_offsets, columns, schedule, shape):
     return grad.new_empty(grad.shape[0], shape[1])
 
 
-def _fake_grad_values(grad, x, row_offsets, columns, block):
+def _fake_grad_values(grad, x, row_offsets, columns, schedule, block):
     return x.new_empty(columns.shape[0], block[1], block[0])
 
 

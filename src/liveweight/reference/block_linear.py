@@ -17,6 +17,7 @@ def block_linear(
     values: Tensor,
     row_offsets: Tensor,
     columns: Tensor,
+    schedule: Tensor,
     shape: Sequence[int],
     bias: Tensor | None,
     activation: int,
@@ -26,11 +27,14 @@ def block_linear(
 
     y[m, r * bh + i] = act(bias + sum of values[b, j, i] x[m, columns[b] * bw + j] over the blocks b
     of row r and their columns j). Only kept blocks are multiplied. batch_last: y.t() is contiguous.
+    The schedule is for kernels; nothing depends on it.
     Half precision on a CPU is added up in fp32 and rounded once, as the kernel does.
     """
     if x.is_cpu and x.dtype in (torch.bfloat16, torch.float16):
         rest = (shape, None if bias is None else bias.float(), activation, batch_last)
-        return block_linear(x.float(), values.float(), row_offsets, columns, *rest).to(x.dtype)
+        return block_linear(x.float(), values.float(), row_offsets, columns, schedule, *rest).to(
+            x.dtype
+        )
     kept, bw, bh = values.shape
     rows, columns = row_of(row_offsets, kept), columns.long()
     parts = _cut(x, bw)
@@ -44,7 +48,12 @@ def block_linear(
 
 
 def block_linear_grad_x(
-    grad: Tensor, values: Tensor, row_offsets: Tensor, columns: Tensor, shape: Sequence[int]
+    grad: Tensor,
+    values: Tensor,
+    row_offsets: Tensor,
+    columns: Tensor,
+    schedule: Tensor,
+    shape: Sequence[int],
 ) -> Tensor:
     """Return grad W [M, K] for grad [M, N]: the gradient of block_linear to x."""
     kept, bw, bh = values.shape
@@ -58,7 +67,12 @@ def block_linear_grad_x(
 
 
 def block_linear_grad_values(
-    grad: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor, block: Sequence[int]
+    grad: Tensor,
+    x: Tensor,
+    row_offsets: Tensor,
+    columns: Tensor,
+    schedule: Tensor,
+    block: Sequence[int],
 ) -> Tensor:
     """Return the gradient to the values of blocks (bh, bw): [kept, bw, bh], zero in the padding.
 
