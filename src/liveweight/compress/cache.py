@@ -31,14 +31,17 @@ def cache_path() -> pathlib.Path | None:
     return pathlib.Path(base) / "liveweight" / "choices.json"
 
 
-def machine_key(threads: int) -> str:
-    """Return what a measured time depends on beside the layer: processor, threads, builds."""
+def machine_key(threads: int, device: torch.device) -> str:
+    """Return what a measured time depends on beside the layer: processors, threads, builds."""
     library = pathlib.Path(_library.__file__).with_name("_cpu.so")
     build = ""
     if library.exists():
         facts = library.stat()
         build = f"{facts.st_size}-{facts.st_mtime_ns}"
     parts = (processor(), _library.cpu_isa(), threads, torch.__version__, __version__, build)
+    if device.type == "cuda":
+        gpu = (torch.cuda.get_device_name(device), torch.version.cuda, _library.status()["triton"])
+        parts = (*parts, *gpu)
     return " | ".join(map(str, parts))
 
 

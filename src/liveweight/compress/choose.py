@@ -43,6 +43,7 @@ def compress_(
     budget_s: float = 0.05,
     measure: Callable[..., Timings] = measure_calls,
     cost_model: CostModel | None = None,
+    compile_dense: bool = True,
 ) -> CompressReport:
     """Replace pruned layers by sparse ones where that is measurably faster; never slower.
 
@@ -56,6 +57,10 @@ def compress_(
     writes its sum over the branch's output. Then layouts that neighbours may hand to each other are
     tried. The whole model is timed dense and compressed at last; choices that do not help are
     undone.
+
+    On a GPU every candidate is a CUDA graph replayed on a cold L2 cache; what beats the layer as
+    PyTorch runs it must beat torch.compile(mode="max-autotune") of it as well; and the whole model
+    must be no slower as graphs and as Python calls it.
 
     model           changed in place; weights never change, but where a BatchNorm is folded into
                     them; masks go where the zeros are in a format and stay where a layer stays
@@ -72,6 +77,8 @@ def compress_(
     measure         what times the calls; with another one than measure_calls nothing is predicted
                     unless cost_model is given
     cost_model      predicts times; None: one that calibrates itself on this machine's CPU
+    compile_dense   on a GPU: race against torch.compile of the dense layer too, which takes seconds
+                    to compile for each layer that would change
     returns         CompressReport: per layer what was chosen, times and the reason
 
     Raises TypeError and ValueError for unusable arguments, RuntimeError where the compressed
@@ -93,6 +100,7 @@ def compress_(
         measure=measure,
         cost_model=cost_model,
         cache=ChoiceCache(cache_path() if cache else None),
+        compiles=bool(compile_dense) and device.type == "cuda" and measure is measure_calls,
     )
     with edit.undone_on_error(model):
         return _compress(model, inputs, settings)

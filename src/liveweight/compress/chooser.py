@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from liveweight import _graph
-from liveweight.compress import chains, packing
+from liveweight.compress import chains, compiled, packing
 from liveweight.compress.batches import resize
 from liveweight.compress.cache import ChoiceCache, machine_key
 from liveweight.compress.candidates import Candidate, Plan, build, formats_for, plans
@@ -43,13 +43,15 @@ class Settings:
     measure: Callable[..., Timings]
     cost_model: CostModel | None
     cache: ChoiceCache
+    compiles: bool = False  # what beats a dense layer must beat torch.compile of it
 
     def time(self, calls: dict, budget: float, notes: list[str], **options: object) -> Timings:
         """Measure calls with a multiple of the budget; note where the machine was busy."""
         options |= {"budget_s": budget * self.budget_s, "device": self.device}
         timings = self.measure(calls, **options)
-        if timings.busy and BUSY_NOTE not in notes:
-            notes.append(BUSY_NOTE)
+        for note in (BUSY_NOTE if timings.busy else "", timings.note):
+            if note and note not in notes:
+                notes.append(note)
         return timings
 
 
@@ -63,7 +65,7 @@ class Chooser:
         self.model = model
         self.settings = settings
         self.report = report
-        self.machine = machine_key(torch.get_num_threads())
+        self.machine = machine_key(torch.get_num_threads(), settings.device)
         self.ties: list[Replacement] = []
 
     def choose(
@@ -191,11 +193,16 @@ class Chooser:
     ) -> Verdict:
         calls = {"dense": chain.dense(x), **{c.label: c.call(x) for c in candidates}}
 
-        def measure(budget: float) -> Timings:
-            notes = self.report.notes
-            return self.settings.time(calls, budget, notes, give_up_beyond=GIVE_UP_BEYOND)
+        notes, threshold = self.report.notes, self.settings.threshold
 
-        return decide(measure, self.settings.threshold, density)
+        def measure(rivals: dict, budget: float) -> Timings:
+            return self.settings.time(rivals, budget, notes, give_up_beyond=GIVE_UP_BEYOND)
+
+        verdict = decide(lambda budget: measure(calls, budget), threshold, density)
+        if self.settings.compiles:
+            verdict, note = compiled.confirm(verdict, calls, measure, threshold, density)
+            notes += [note] if note and note not in notes else []
+        return verdict
 
     def _key(self, chain: Chain, wanted: list[Plan], x: Tensor, row: ChoiceRow) -> list:
         """Return what the times of a layer depend on."""
@@ -215,7 +222,7 @@ class Chooser:
 
     def _rules(self) -> list:
         predicts = self.settings.cost_model is not None
-        return [self.settings.threshold, predicts]
+        return [self.settings.threshold, predicts, self.settings.compiles]
 
 
 def _find_tie(

@@ -1,4 +1,8 @@
-"""Paired timing: candidates take turns, so that a noisy machine disturbs all of them alike."""
+"""Paired timing: candidates take turns, so that a noisy machine disturbs all of them alike.
+
+On a GPU the turns are replays of CUDA graphs on a cold cache, or, where a call cannot be captured
+or it is asked for, calls as Python makes them.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+
+from liveweight.compress.measure_cuda import CudaGpu, GraphTimer, NotCapturable
 
 try:
     import resource
@@ -36,12 +42,13 @@ class Timings:
 
     A name in `screened` was so slow in the warm-up that it was left out of the rounds: its list
     holds the warm-up's figure alone. `preemptions` are per second (0 where the system has no
-    figure).
+    figure). `note` says what a reader must know of how the times were taken, "" for nothing.
     """
 
     samples: Mapping[str, list[float]]
     screened: frozenset[str] = frozenset()
     preemptions: float = 0.0
+    note: str = ""
 
     def median_us(self, name: str) -> float:
         """Return the median over the rounds."""
@@ -86,7 +93,8 @@ class Timings:
         screened = self.screened | more.screened
         joined = {name: [*own, *more.samples[name]] for name, own in self.samples.items()}
         joined.update({name: [statistics.median(joined[name])] for name in screened})
-        return Timings(joined, screened, max(self.preemptions, more.preemptions))
+        worst = max(self.preemptions, more.preemptions)
+        return Timings(joined, screened, worst, self.note or more.note)
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -107,6 +115,7 @@ def measure_calls(
     max_rounds: int = 400,
     give_up_beyond: float | None = None,
     device: torch.device | str = "cpu",
+    graphs: bool = True,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> Timings:
     """Time the calls in turns, under torch.inference_mode, and return the microseconds per call.
@@ -116,13 +125,17 @@ def measure_calls(
     each turn of that name, outside the clock. `budget_s` is seconds per call; at least
     `min_rounds` rounds are run. A call that takes more than `give_up_beyond` times as long as the
     first one in the warm-up takes no part in the rounds. `clock` returns nanoseconds.
+
+    On a CUDA device every call is captured in a CUDA graph, after `prepare`, and a turn replays it
+    on a cold L2 cache. Without `graphs`, or where one of the calls cannot be captured, a turn is
+    the call as Python makes it, launches included and caches warm.
     """
     if not calls:
         raise ValueError("measure_calls: there is nothing to measure")
     if not budget_s > 0:
         raise ValueError(f"measure_calls: budget_s must be above 0, got {budget_s}")
-    timer = _Timer(calls, prepare or {}, torch.device(device), clock)
-    with torch.inference_mode(), _no_collector():
+    with torch.inference_mode(), _no_collector(), _fastest_cudnn(torch.device(device)):
+        timer, note = _make_timer(calls, prepare or {}, torch.device(device), graphs, clock)
         first_us = {name: timer.warm_up(name, budget_s) for name in calls}
         base_us = next(iter(first_us.values()))
         screened = frozenset(
@@ -138,7 +151,25 @@ def measure_calls(
             rounds += 1
         preemptions = (_preemptions() - start) / max(time.perf_counter() - start_s, 1e-3)
     samples.update({n: [first_us[n]] for n in screened})
-    return Timings({n: samples[n] for n in calls}, screened, preemptions)
+    return Timings({n: samples[n] for n in calls}, screened, preemptions, note)
+
+
+def _make_timer(
+    calls: Mapping[str, Call],
+    prepare: Mapping[str, Call],
+    device: torch.device,
+    graphs: bool,
+    clock: Callable[[], int],
+) -> tuple[_Timer | GraphTimer, str]:
+    """Return what times the turns, and a note where that is not what a GPU could do."""
+    note = ""
+    if device.type == "cuda" and graphs:
+        try:
+            return GraphTimer(calls, prepare, CudaGpu(device)), note
+        except NotCapturable as error:
+            torch.cuda.synchronize(device)
+            note = f"timed without CUDA graphs, launches included: {error}"
+    return _Timer(calls, prepare, device, clock), note
 
 
 def _preemptions() -> int:
@@ -198,6 +229,18 @@ def _no_collector() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+@contextlib.contextmanager
+def _fastest_cudnn(device: torch.device) -> Iterator[None]:
+    """Let cuDNN look for its fastest convolution while dense layers are timed on a GPU."""
+    before = torch.backends.cudnn.benchmark
+    try:
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @contextlib.contextmanager
