@@ -6,6 +6,7 @@ devices; a compiled library or a Triton launcher, where present, takes its own d
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import pathlib
@@ -24,7 +25,11 @@ lib = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
     lib.define(_name + " ".join(_schema.split()))
 
+# Triton kernels use asynchronous copies and bfloat16 products, which older GPUs do not have.
+OLDEST_GPU = 80
+
 _triton_ops: set[str] = set()
+_references: dict[str, Callable] = {}
 
 
 def _build_note(part: str) -> str:
@@ -92,13 +97,41 @@ def _warn_on_gpu(name: str, reference: Callable) -> Callable:
 
 def register(name: str, reference: Callable, fake: Callable) -> None:
     """Register an op's plain PyTorch kernel for every device, and its shape function."""
+    _references[name] = reference
     lib.impl(name, _warn_on_gpu(name, reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=lib)
 
 
+@functools.lru_cache
+def capability(index: int) -> int:
+    """Return the compute capability of a CUDA device, 80 for 8.0."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
 def register_triton(name: str, launch: Callable) -> None:
-    """Register a Triton launcher as the op's CUDA kernel."""
-    lib.impl(name, launch, "CUDA")
+    """Register a Triton launcher as the CUDA kernel of an op that register() knows.
+
+    GPUs that are too old for it get the op's reference, with one warning. The first argument of
+    the op is a tensor.
+    """
+    warned, reference = False, _references[name]
+
+    def kernel(first: torch.Tensor, *args):
+        nonlocal warned
+        found = capability(first.get_device())
+        if found >= OLDEST_GPU:
+            return launch(first, *args)
+        if not warned:
+            warned = True
+            warnings.warn(
+                f"liveweight.{name} runs its slow PyTorch reference: its kernel needs compute "
+                f"capability {OLDEST_GPU / 10:.1f}, this GPU has {found / 10:.1f}",
+                stacklevel=2,
+            )
+        return reference(first, *args)
+
+    lib.impl(name, kernel, "CUDA")
     _triton_ops.add(name)
 
 
