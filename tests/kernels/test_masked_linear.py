@@ -98,17 +98,6 @@ def test_launch_refuses_what_its_addresses_would_leave(device):
         kernel.launch(x, weight.half(), bits, bias)
 
 
-def test_pick_tile_is_total_over_the_served_dtypes_and_capabilities():
-    for arch in (80, 86, 89, 90, 100, 120):
-        for dtype in DTYPES:
-            for M in (1, 32, 33, 128, 129, 100000):
-                tile = tiles.pick_tile("masked_linear", (M, 512, 512), 1.0, dtype, arch)
-                assert tile.k % 32 == 0 and tile.m >= 16 and tile.n >= 16
-                assert tile in tiles.listed_tiles("masked_linear", arch, dtype.itemsize)
-    with pytest.raises(ValueError, match="no tile for masked_linear"):
-        tiles.pick_tile("masked_linear", (1, 1, 1), 1.0, torch.float32, 75)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_products_on_the_gpu(gpu, dtype):
