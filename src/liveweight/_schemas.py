@@ -150,6 +150,46 @@ SCHEMAS: dict[str, str] = {
         int[2] dilation,
         int groups
     ) -> Tensor""",
+    "block_conv2d": """(
+        Tensor x,
+        Tensor values,
+        Tensor row_offsets,
+        Tensor columns,
+        Tensor schedule,
+        int[4] shape,
+        Tensor? bias,
+        int[2] stride,
+        int[2] padding,
+        int[2] dilation,
+        int groups,
+        bool relu
+    ) -> Tensor""",
+    "block_conv2d_grad_x": """(
+        Tensor grad,
+        Tensor values,
+        Tensor row_offsets,
+        Tensor columns,
+        Tensor schedule,
+        int[4] shape,
+        int[4] x_shape,
+        int[2] stride,
+        int[2] padding,
+        int[2] dilation,
+        int groups
+    ) -> Tensor""",
+    "block_conv2d_grad_values": """(
+        Tensor grad,
+        Tensor x,
+        Tensor row_offsets,
+        Tensor columns,
+        Tensor schedule,
+        int[4] shape,
+        int[2] block,
+        int[2] stride,
+        int[2] padding,
+        int[2] dilation,
+        int groups
+    ) -> Tensor""",
     "masked_linear": """(
         Tensor x,
         Tensor weight,

@@ -1,9 +1,10 @@
 """What a sparse weight is: frozen values with from_dense, to_dense and validate."""
 
 from liveweight.formats.block import Block
+from liveweight.formats.block_kernels import BlockKernels
 from liveweight.formats.kernelwise import Kernelwise
 from liveweight.formats.nm import NM
 from liveweight.formats.unstructured import Unstructured
 from liveweight.formats.unstructured_kernels import UnstructuredKernels
 
-__all__ = ["NM", "Block", "Kernelwise", "Unstructured", "UnstructuredKernels"]
+__all__ = ["NM", "Block", "BlockKernels", "Kernelwise", "Unstructured", "UnstructuredKernels"]

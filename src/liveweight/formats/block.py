@@ -134,13 +134,13 @@ class Block(pattern.PackedWeight):
         return self.values, self.row_offsets, self.columns, self.schedule
 
 
-def check_block(block: tuple[int, int]) -> tuple[int, int]:
+def check_block(block: tuple[int, int], owner: str = _OWNER) -> tuple[int, int]:
     """Return (bh, bw); raise TypeError or ValueError unless it is two integers in [1, 128]."""
     sides = tuple(block) if isinstance(block, tuple | list) else ()
     if len(sides) != 2 or not all(isinstance(s, int) and not isinstance(s, bool) for s in sides):
-        raise TypeError(f"{_OWNER}: block must be two integers (bh, bw), got {block!r}")
+        raise TypeError(f"{owner}: block must be two integers (bh, bw), got {block!r}")
     if not all(1 <= s <= _MOST for s in sides):
-        raise ValueError(f"{_OWNER}: sides of a block must be in [1, {_MOST}], got {block!r}")
+        raise ValueError(f"{owner}: sides of a block must be in [1, {_MOST}], got {block!r}")
     return sides
 
 

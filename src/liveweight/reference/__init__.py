@@ -1,6 +1,11 @@
 """Every op in plain PyTorch: the truth for tests, and the kernel where no compiled one exists."""
 
 from liveweight.reference.activation import apply_activation
+from liveweight.reference.block_conv2d import (
+    block_conv2d,
+    block_conv2d_grad_values,
+    block_conv2d_grad_x,
+)
 from liveweight.reference.block_linear import (
     block_linear,
     block_linear_grad_values,
@@ -31,6 +36,9 @@ from liveweight.reference.unstructured_linear import (
 __all__ = [
     "activity_stats_",
     "apply_activation",
+    "block_conv2d",
+    "block_conv2d_grad_values",
+    "block_conv2d_grad_x",
     "block_linear",
     "block_linear_grad_values",
     "block_linear_grad_x",
