@@ -139,6 +139,35 @@ def test_sparsity_is_reached_in_equal_steps(tiny, execute, tmp_path, no_finish):
     assert [f["kept"] / f["total"] for f in facts] == pytest.approx([1, 0.5, 0.25], abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("prune", "kept"),
+    [
+        ({"granularity": "block", "block": [10, 14], "alpha": None, "sparsity": 0.75}, 0.25),
+        ({"granularity": "vnm", "pattern": [10, 2, 4], "alpha": None}, 0.5),
+    ],
+)
+def test_structured_runs(tiny, execute, tmp_path, no_finish, prune, kept):
+    recipe = tiny(prune=prune | {"iterations": 1, "importance": "magnitude", "ignore": ["*.5"]})
+    folder = execute(recipe, tmp_path / "run")
+    rows = folder.load_tensors("iterates/01")[1]["pruned"]["layers"]
+    assert rows[0]["kept"] == round(kept * rows[0]["total"])
+    assert rows[0]["kept_mass"] <= rows[0]["best_mass"] < 1
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ({"granularity": "blok"}, "did you mean 'block'"),
+        ({"granularity": "block"}, r"needs block=\(height, width\)"),
+        ({"block": [4, 4]}, "goes with granularity='block'"),
+    ],
+)
+def test_structures_are_checked_before_any_work(tiny, execute, tmp_path, prune, message):
+    with pytest.raises(RecipeError, match=message):
+        execute(tiny(prune=prune), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_run_holds_everything(tiny, execute, tmp_path, quick):
     pytest.importorskip("matplotlib")
     folder = execute(tiny(report={"plots": True}), tmp_path / "run")

@@ -20,6 +20,7 @@ from liveweight.prune.nnrelief import NNRelief
 from liveweight.prune.report import LayerRow, PruneReport, Scores
 from liveweight.prune.residual import ShortcutMask
 from liveweight.prune.retrain import load_state_, recalibrate_bn_, rewind_
+from liveweight.prune.structure import check_structure
 from liveweight.prune.verbs import prune_, score
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "ShortcutMask",
     "Target",
     "apply_masks_",
+    "check_structure",
     "copy_masks_",
     "importances",
     "keep_masks",

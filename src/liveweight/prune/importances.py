@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from liveweight._check import near_misses
 from liveweight.prune.activity import Observer
 
-GRANULARITIES = ("weight", "kernel")
+SCORED = ("weight", "kernel")  # what one score stands for
+GRANULARITIES = (*SCORED, "block", "vnm")  # what is removed together
 
 
 @dataclass(frozen=True)

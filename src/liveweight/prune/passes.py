@@ -105,7 +105,11 @@ def run_pass(
     watches = [*scoring.watches, *units, *(w for _, pair in watched for w in pair)]
     called = observe(plan.model, watches, data) if watches else set()
     scoring.called |= called & set(targets)
-    plan.update(select(scoring.scores(), targets, plan.keeps, rule, _ties(importance)))
+    scores = scoring.scores()
+    selected = select(scores, targets, plan.keeps, rule, _ties(importance))
+    if rule.structure is not None:
+        plan.remember(scores)
+    plan.update(selected)
     for watch in units:
         name = watch.name.removesuffix(" (output)")
         if watch.observer.alive is not None:

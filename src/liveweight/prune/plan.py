@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from liveweight._graph import Follower, Graph, Layer
-from liveweight.prune.importances import Target
+from liveweight.prune.importances import LayerScore, Target
 from liveweight.prune.mask import own_mask, set_mask_
 from liveweight.prune.select import Keep
 
@@ -32,6 +32,7 @@ class Plan:
     """Keeps by layer name, kept BatchNorm entries by module name, kept shortcut channels by block.
 
     Keeps start as what earlier calls left; a bias entry exists wherever the layer has a bias.
+    scored   scores of this call by layer name, 0 where earlier calls pruned; only under a structure
     """
 
     model: nn.Module
@@ -39,9 +40,15 @@ class Plan:
     keeps: dict[str, Keep] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
     shortcuts: dict[str, Tensor] = field(default_factory=dict)
+    scored: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.keeps = {name: _alive(target) for name, target in self.targets.items()}
+
+    def remember(self, scores: dict[str, LayerScore]) -> None:
+        """Hold on to the scores, for the kept mass in the report."""
+        for name, score in scores.items():
+            self.scored[name] = torch.where(self.keeps[name].weight, score.weight, 0.0)
 
     def update(self, selected: dict[str, Keep]) -> None:
         """Tighten the keeps by what a selection rule returned."""

@@ -26,7 +26,11 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int
 
 @dataclass
 class LayerRow:
-    """One layer: weights and biases before and after; dead_units = units with nothing left."""
+    """One layer: weights and biases before and after; dead_units = units with nothing left.
+
+    kept_mass   under a structure, the share of the sum of this call's scores that is kept
+    best_mass   the share that the same number of largest scores holds, wherever they stand
+    """
 
     name: str
     kind: str
@@ -37,6 +41,8 @@ class LayerRow:
     bias_kept: int = 0
     dead_units: int = 0
     note: str = ""
+    kept_mass: float | None = None
+    best_mass: float | None = None
 
     @property
     def density(self) -> float:
@@ -74,36 +80,38 @@ class PruneReport:
         return self.total / self.kept if self.kept else float("inf")
 
     def table(self) -> str:
-        """Return one line per layer and a last line for all."""
-        header = (
-            "layer",
-            "kind",
-            "by",
-            "weights",
-            "kept",
-            "density",
-            "biases",
-            "dead units",
-            "note",
-        )
+        """Return one line per layer and a last line for all.
+
+        Where masks have a structure: `mass`, the share of the scores' sum that is kept, and `best`,
+        what as many largest scores hold.
+        """
+        header = ["layer", "kind", "by", "weights", "kept", "density", "biases", "dead units"]
         rows = [
-            (
+            [
                 r.name, r.kind, r.granularity, f"{r.total:,}", f"{r.kept:,}", f"{r.density:.2%}",
-                f"{r.bias_kept:,}/{r.bias_total:,}", f"{r.dead_units:,}", r.note,
-            )
+                f"{r.bias_kept:,}/{r.bias_total:,}", f"{r.dead_units:,}",
+            ]
             for r in self.layers
         ]  # fmt: skip
         weights, kept = sum(r.total for r in self.layers), sum(r.kept for r in self.layers)
         biases = sum(r.bias_total for r in self.layers)
         biases_kept = sum(r.bias_kept for r in self.layers)
         rows.append(
-            (
+            [
                 "all", "", "", f"{weights:,}", f"{kept:,}",
                 f"{kept / weights if weights else 1.0:.2%}", f"{biases_kept:,}/{biases:,}",
-                f"{sum(r.dead_units for r in self.layers):,}", "",
-            )
+                f"{sum(r.dead_units for r in self.layers):,}",
+            ]
         )  # fmt: skip
-        return format_table(header, rows, left=3)
+        if any(r.kept_mass is not None for r in self.layers):
+            header += ["mass", "best"]
+            for row, r in zip(rows, self.layers, strict=False):
+                masses = (r.kept_mass, r.best_mass)
+                row += ["-" if mass is None else f"{mass:.2%}" for mass in masses]
+            rows[-1] += ["", ""]
+        for row, note in zip(rows, [*(r.note for r in self.layers), ""], strict=True):
+            row.append(note)
+        return format_table([*header, "note"], rows, left=3)
 
     def to_json(self) -> str:
         """Return the report as a JSON object."""

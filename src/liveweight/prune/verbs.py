@@ -7,12 +7,16 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from liveweight._check import near_misses
 from liveweight._graph import Graph, GraphError, trace
 from liveweight.prune import residual
 from liveweight.prune.activity import observe
 from liveweight.prune.batches import Batches
-from liveweight.prune.importances import GRANULARITIES, Importance, Target, resolve_importance
+from liveweight.prune.importances import (
+    SCORED,
+    Importance,
+    Target,
+    resolve_importance,
+)
 from liveweight.prune.mask import absorb_, own_mask
 from liveweight.prune.passes import ALL_KINDS, Scoring, check_data, phases, run_pass
 from liveweight.prune.plan import Plan, drop_unread
@@ -20,7 +24,9 @@ from liveweight.prune.report import LayerRow, PruneReport, Scores
 from liveweight.prune.select import Rule, parse_rule
 from liveweight.prune.selectors import Selector, choose_layers, layer_kind
 from liveweight.prune.snapshot import restoring
+from liveweight.prune.structure import check_granularity, kept_mass, parse_structure
 
+Sizes = tuple[int, ...] | dict[str, tuple[int, ...]]
 Selectors = Selector | Iterable[Selector] | None
 
 
@@ -32,15 +38,12 @@ def _check_model(model: object) -> None:
 def _make_targets(
     chosen: dict[str, nn.Module], importance: Importance, granularity: str | None
 ) -> dict[str, Target]:
-    if granularity is not None and granularity not in GRANULARITIES:
-        raise ValueError(
-            f"granularity must be one of {GRANULARITIES}, got {granularity!r}: "
-            f"{near_misses(str(granularity), GRANULARITIES)}"
-        )
     targets = {}
     for name, module in chosen.items():
         kind = layer_kind(module)
-        by = granularity or importance.default_granularity(kind)
+        # Blocks and panels are made of what the importance scores by itself.
+        own = granularity not in SCORED
+        by = importance.default_granularity(kind) if own else granularity
         # A Linear has no kernels: its connections are its weights.
         targets[name] = Target(name, module, kind, "weight" if kind == "linear" else by)
     return targets
@@ -81,6 +84,7 @@ def score(
     _check_model(model)
     importance = resolve_importance(importance)
     check_data(importance, data)
+    check_granularity(granularity, SCORED)
     chosen, left, notes = choose_layers(model, layers, ignore)
     targets = _make_targets(chosen, importance, granularity)
     _check_any(targets, left)
@@ -107,6 +111,8 @@ def prune_(
     alpha: float | dict[str, float] | None = None,
     sparsity: float | None = None,
     granularity: str | None = None,
+    block: Sizes | None = None,
+    pattern: Sizes | None = None,
     scope: str = "layer",
     layers: Selectors = None,
     ignore: Selectors = None,
@@ -117,25 +123,38 @@ def prune_(
 
     alpha        share of every unit's score mass to keep, or {"conv": ..., "linear": ...}
     sparsity     share of the weights to remove, counted per layer or over all (scope="global")
+    granularity  "weight" or "kernel", default: the importance's own; "block": whole blocks of
+                 weights, of a convolution of kernels; "vnm": panels that sparse tensor cores read.
+                 Both add up what the importance scores by default
+    block        (height, width) in output by input features or channels, for "block"; the last
+                 blocks may be smaller. alpha then holds per row of blocks, biases do not compete;
+                 under sparsity a layer keeps at least one block (scope="layer")
+    pattern      (V, 2, M), M >= 4, for "vnm", without alpha and sparsity: per panel of V rows the 4
+                 of each M columns of the largest summed score, then per row the best 2 of these;
+                 (1, 2, 4) is 2:4. Layers whose inputs M does not divide are left alone
+                 block and pattern may be dicts by kind, as alpha
     dry_run      report only: the model stays as it is, bit for bit
     Other arguments as in `score`. A mass rule lets biases compete where the importance scores them;
     a sparsity counts and removes weights only. Calls add up: iterate prune_ and retraining under
     `keep_masks`. NNrelief with both kinds of layers takes two passes (Linears see the pruned
     convolutions).
 
-    returns      PruneReport: .layers, .density, .compression, .notes, .table(), .to_json()
+    returns      PruneReport: .layers, .density, .compression, .notes, .table(), .to_json(); with
+                 blocks or panels, the share of the score's sum kept beside the best possible
 
-    Raises as `score`, and ValueError where both or neither of alpha and sparsity are given or one
-    is outside [0, 1]. A failure leaves weights, buffers, BatchNorm and modules as they were.
+    Raises as `score`, and ValueError where both or neither of alpha and sparsity are given, one is
+    outside [0, 1], or block or pattern is missing, unusable or without its granularity. A failure
+    leaves weights, buffers, BatchNorm and modules as they were.
     """
     _check_model(model)
     importance = resolve_importance(importance)
-    rule = parse_rule(alpha, sparsity, scope)
+    structure = parse_structure(granularity, block, pattern)
+    rule = parse_rule(alpha, sparsity, scope, structure)
     check_data(importance, data)
     chosen, left, notes = choose_layers(model, layers, ignore)
-    for name in [n for n, m in chosen.items() if not rule.covers(layer_kind(m))]:
-        left[name] = f"alpha has no {layer_kind(chosen.pop(name))!r}"
     targets = _make_targets(chosen, importance, granularity)
+    left |= {n: why for n, t in targets.items() if (why := rule.why_not(t))}
+    targets = {n: t for n, t in targets.items() if n not in left}
     _check_any(targets, left)
     with restoring(model, always=dry_run):
         for module in model.modules():
@@ -228,6 +247,18 @@ def _row(name: str, module: nn.Module, granularity: str, note: str) -> LayerRow:
     )  # fmt: skip
 
 
+def _describe(plan: Plan, rule: Rule, row: LayerRow) -> None:
+    """Fill in what a structure adds to a layer's row."""
+    structure = rule.of(plan.targets[row.name])
+    if structure is None:
+        return
+    row.granularity = str(structure)
+    row.kept_mass, row.best_mass = kept_mass(plan.scored[row.name], plan.keeps[row.name].weight)
+    asked = rule.scope == "layer" and rule.sparsity is not None and rule.sparsity < 1
+    if asked and row.kept > round((1 - rule.sparsity) * row.total):
+        row.note = "one block is the least that a layer keeps"
+
+
 def _report(
     plan: Plan, importance: Importance, rule: Rule, left: dict[str, str], notes: list[str]
 ) -> PruneReport:
@@ -241,8 +272,6 @@ def _report(
         by = target.granularity if target is not None and name not in left else "-"
         note = f"left alone: {left[name]}" if name in left else ""
         rows.append(_row(name, module, by, note))
-    if rule.alpha is not None:
-        said = "alpha " + ", ".join(f"{k} {v:g}" for k, v in rule.alpha.items())
-    else:
-        said = f"sparsity {rule.sparsity:g} per {'layer' if rule.scope == 'layer' else 'model'}"
-    return PruneReport(importance.name, said, rows, notes)
+        if target is not None and name not in left:
+            _describe(plan, rule, rows[-1])
+    return PruneReport(importance.name, str(rule), rows, notes)

@@ -83,6 +83,17 @@ def make_importance(recipe: PruneRecipe) -> object:
         raise RecipeError(f"prune.options of {recipe.importance!r}: {error}") from error
 
 
+def structure_arguments(recipe: PruneRecipe) -> dict:
+    """Return granularity, block and pattern for prune_; RecipeError where it would refuse them."""
+    found = {"granularity": recipe.granularity} if recipe.granularity is not None else {}
+    found |= {k: tuple(v) for k in ("block", "pattern") if (v := getattr(recipe, k))}
+    try:
+        prune.check_structure(**found)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"prune: {error}") from error
+    return found
+
+
 def step_sparsity(final: float, iteration: int, iterations: int) -> float:
     """Return the sparsity after an iteration: 1 - (1 - final)^(iteration / iterations).
 
@@ -105,6 +116,7 @@ class PruningRun:
         self.device = check_device(recipe.device)
         if recipe.prune.iterations:
             make_importance(recipe.prune)
+            structure_arguments(recipe.prune)
         self.data: Dataset = load_data(recipe.data, recipe.seed).to(self.device)
         self.build()  # names a bad model or bad arguments before the folder is made
         check_output(self.build(), self.data)
@@ -149,14 +161,13 @@ class PruningRun:
     def prune(self, model: nn.Module, iteration: int) -> dict:
         """Prune the model, rewind it if the recipe says so, and return the report as a dict."""
         recipe = self.recipe.prune
-        goal: dict = {"alpha": recipe.alpha}
+        goal: dict = {"alpha": recipe.alpha} if recipe.alpha is not None else {}
         if recipe.sparsity is not None:
             goal = {
                 "sparsity": step_sparsity(recipe.sparsity, iteration, recipe.iterations),
                 "scope": recipe.scope,
             }
-        if recipe.granularity is not None:
-            goal["granularity"] = recipe.granularity
+        goal |= structure_arguments(recipe)
         report = prune.prune_(
             model,
             self.pruning_batches(),

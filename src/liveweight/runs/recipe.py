@@ -80,6 +80,8 @@ class PruneRecipe:
     )
     sparsity: float | None = _option(None, "share of weights removed in the end, instead of alpha")
     granularity: str | None = _option(None, "what is removed together; default: the criterion's")
+    block: list[int] = _option([], "granularity block: [height, width], output by input")
+    pattern: list[int] = _option([], "granularity vnm: [V, 2, M], without alpha and sparsity")
     scope: str = _option("layer", "with sparsity: counted per layer or over all (global)")
     ignore: list[str] = _option([], "layers left alone: names, globs or re:patterns")
     iterations: int = _option(5, "times to prune and retrain; 0 only trains")
@@ -241,7 +243,10 @@ def _check_training(name: str, train: TrainRecipe) -> None:
 
 
 def _check_pruning(prune: PruneRecipe) -> None:
-    if (prune.alpha is None) == (prune.sparsity is None) and prune.iterations:
+    given = (prune.alpha is not None) + (prune.sparsity is not None)
+    if given != (0 if prune.pattern else 1) and prune.iterations:
+        if prune.pattern:
+            raise RecipeError("prune.pattern says how much is kept: leave out alpha and sparsity")
         raise RecipeError(
             "prune: give either alpha or sparsity, "
             f"got alpha={prune.alpha!r}, sparsity={prune.sparsity!r}"
@@ -256,6 +261,9 @@ def _check_pruning(prune: PruneRecipe) -> None:
                 raise RecipeError(str(error)) from None
             except ValueError as error:
                 raise RecipeError(str(error)) from None
+    for key, sizes, count in (("block", prune.block, 2), ("pattern", prune.pattern, 3)):
+        fits = not sizes or (len(sizes) == count and all(n >= 1 for n in sizes))
+        _demand(fits, f"prune.{key}", sizes, f"empty or {count} numbers from 1 on")
     _demand(prune.iterations >= 0, "prune.iterations", prune.iterations, "0 or more")
     _demand(prune.samples >= 1, "prune.samples", prune.samples, "1 or more")
     _demand(prune.tolerance >= 0, "prune.tolerance", prune.tolerance, "0 or more")
