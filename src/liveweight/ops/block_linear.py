@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -26,8 +28,9 @@ def block_linear(
 ) -> Tensor:
     """Apply a linear layer whose weight is a list of blocks: y = act(x W^T + b).
 
-    x           [..., K] float32 or bfloat16, added up in fp32 (other dtypes, and devices without a
-                kernel: plain PyTorch); a matrix whose transpose is contiguous is read where it lies
+    x           [..., K] float32 or bfloat16 and, on a GPU, float16, added up in fp32 (other dtypes,
+                and devices without a kernel: plain PyTorch); on a CPU a matrix whose transpose is
+                contiguous is read where it lies, on a GPU it is copied
     weight      [N, K], values like x
     bias        [N] like x, or None
     activation  None, "relu", "gelu" or "gelu_tanh"
@@ -36,6 +39,9 @@ def block_linear(
 
     Differentiable once, in x, the values and the bias. Zeros inside kept blocks are multiplied. The
     index values of weight are not checked here: Block.from_dense and Block.validate vouch for them.
+    On a GPU blocks with sides of 16, 32, 64 or 128 have a kernel; others run in plain PyTorch, with
+    one warning. Blocks of 16 rows use the least of its tensor cores: the same mask stored in blocks
+    of 32 or 64 rows can be faster there, although it stores more zeros.
     Raises ValueError (shapes, names) and TypeError (types, dtypes).
     """
     if not isinstance(weight, Block):
@@ -171,3 +177,48 @@ _library.register(f"{_NAME}_grad_values", reference.block_linear_grad_values, _f
 _op = torch.ops.liveweight.block_linear.default
 _op_x = torch.ops.liveweight.block_linear_grad_x.default
 _op_values = torch.ops.liveweight.block_linear_grad_values.default
+
+try:
+    from liveweight.kernels import block_linear as _kernel
+    from liveweight.kernels import block_linear_grad as _kernel_grad
+except ImportError:  # no Triton: the reference serves CUDA too, and lw.info() says why
+    pass
+else:
+    _warned = False
+
+    def _has_kernel(x: Tensor, bh: int, bw: int) -> bool:
+        """Return whether the GPU's kernels serve these blocks; say once that they do not."""
+        global _warned
+        if bh in _kernel.SIDES and bw in _kernel.SIDES:
+            return x.dtype in _kernel.DTYPES  # float64 is there for gradient checks
+        if not _warned:
+            _warned = True
+            sides = ", ".join(map(str, _kernel.SIDES))
+            warnings.warn(
+                f"liveweight.{_NAME} runs its slow PyTorch reference on CUDA: blocks ({bh}, {bw}) "
+                f"have no kernel there, blocks with sides out of {sides} have",
+                stacklevel=2,
+            )
+        return False
+
+    def _launch(x, values, row_offsets, columns, schedule, shape, bias, activation, batch_last):
+        if not _has_kernel(x, values.shape[2], values.shape[1]):
+            args = (row_offsets, columns, schedule, shape, bias, activation, batch_last)
+            return reference.block_linear(x, values, *args)
+        index = (row_offsets, columns, schedule)
+        y = _kernel.launch(x.contiguous(), values, *index, shape, bias, activation)
+        return y.t().contiguous().t() if batch_last else y
+
+    def _launch_grad_x(grad, values, row_offsets, columns, schedule, shape):
+        served = _has_kernel(grad, values.shape[2], values.shape[1])
+        run = _kernel.launch_grad_x if served else reference.block_linear_grad_x
+        return run(grad, values, row_offsets, columns, schedule, shape)
+
+    def _launch_grad_values(grad, x, row_offsets, columns, schedule, block):
+        if _has_kernel(grad, *block):
+            return _kernel_grad.launch_grad_values(grad, x, row_offsets, columns, block)
+        return reference.block_linear_grad_values(grad, x, row_offsets, columns, schedule, block)
+
+    _library.register_triton(_NAME, _launch)
+    _library.register_triton(f"{_NAME}_grad_x", _launch_grad_x)
+    _library.register_triton(f"{_NAME}_grad_values", _launch_grad_values)

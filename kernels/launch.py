@@ -1,0 +1,50 @@
+"""What the launchers share: the device's capability, the way of products, checks of operands."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def arch_of(x: Tensor) -> int:
+    """Return the compute capability of x's device, 80 for 8.0."""
+    if not x.is_cuda:  # Triton's interpreter
+        return 80
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Return Triton's name of the way products of this dtype are taken.
+
+    float32 takes three TF32 products ("tf32x3", about float32's accuracy) where
+    torch.get_float32_matmul_precision() is "highest", else one. Other dtypes do not mind.
+    """
+    exact = torch.get_float32_matmul_precision() == "highest"
+    return "tf32x3" if dtype == torch.float32 and exact else "tf32"
+
+
+def check_operand(
+    op: str, name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype
+) -> None:
+    """Raise unless tensor is contiguous, of this shape and dtype, and on the device of like."""
+    if tensor.dtype != dtype:
+        raise TypeError(f"{op}: expected {name} {_name(dtype)}, got {_name(tensor.dtype)}")
+    if tensor.shape != shape or not tensor.is_contiguous() or tensor.device != like.device:
+        raise ValueError(
+            f"{op}: expected {name} contiguous {shape} on {like.device}, got "
+            f"{tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+        )
+
+
+def check_dtype(op: str, name: str, tensor: Tensor) -> None:
+    """Raise unless the kernels know the dtype of tensor."""
+    if tensor.dtype not in DTYPES:
+        known = ", ".join(map(_name, DTYPES))
+        raise TypeError(f"{op}: expected {name} {known}, got {_name(tensor.dtype)}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
