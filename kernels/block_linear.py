@@ -223,8 +223,8 @@ def launch_grad_x(
     kept, bw, _ = values.shape
     if tile is None:
         density = kept / max(rows * width, 1)
-        name = f"block_linear_grad_x/{bw}"
-        tile = pick_tile(name, (M, K, N), density, grad.dtype, arch_of(grad))
+        # The same walk, so the same tiles: of panels bw wide.
+        tile = pick_tile(f"block_linear/{bw}", (M, K, N), density, grad.dtype, arch_of(grad))
     sizes = [rows, width, width + 1, kept, kept]
     _, order, offsets, blocks, rows_of = schedule.split(sizes)
     return _multiply(grad, values, (offsets, rows_of, blocks, order), K, None, 0, tile, turned=True)

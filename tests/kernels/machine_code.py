@@ -136,7 +136,9 @@ def loops(sass: str) -> list[dict[str, int]]:
     for i, (address, op, rest) in enumerate(code):
         target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
         start = places.get(int(target[1], 16), i + 1) if target else i + 1
-        if start <= i and code[start][0] <= address:
+        # A branch back from behind the end is a wait for a tensor descriptor's load, moved there.
+        beyond = any(name == "EXIT" for _, name, _ in code[start:i])
+        if start <= i and code[start][0] <= address and not beyond:
             found.append((start, i))
     held = [
         (start, end)
