@@ -1,10 +1,14 @@
 """Pruning: score connections, select, mask, keep the masks while training.
 
-The verbs are `score`, `prune_`, `keep_masks`, `strip_`, `masks`, `apply_masks_`, `rewind_` and
-`recalibrate_bn_`; `importances` is the registry of criteria, `Importance` what one must offer.
+The verbs are `score`, `prune_`, `cluster_`, `keep_masks`, `strip_`, `masks`, `apply_masks_`,
+`rewind_` and `recalibrate_bn_`; `importances` is the registry of criteria, `Importance` what one
+must offer.
 """
 
 from liveweight.prune.activity import Activity, Observer
+from liveweight.prune.arrange import cluster_rows
+from liveweight.prune.cluster import cluster_
+from liveweight.prune.cluster_report import ClusterReport, ClusterRow
 from liveweight.prune.importances import (
     Importance,
     LayerScore,
@@ -25,6 +29,8 @@ from liveweight.prune.verbs import prune_, score
 
 __all__ = [
     "Activity",
+    "ClusterReport",
+    "ClusterRow",
     "Importance",
     "LayerRow",
     "LayerScore",
@@ -39,6 +45,8 @@ __all__ = [
     "Target",
     "apply_masks_",
     "check_structure",
+    "cluster_",
+    "cluster_rows",
     "copy_masks_",
     "importances",
     "keep_masks",

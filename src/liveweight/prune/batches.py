@@ -52,8 +52,8 @@ def _check_device(batch: Iterable, devices: set[torch.device]) -> None:
             )
 
 
-def forward(model: nn.Module, batch: object, devices: set[torch.device]) -> int:
-    """Run the model on one batch and return how many samples the batch holds.
+def call(model: nn.Module, batch: object, devices: set[torch.device]) -> tuple[object, Tensor]:
+    """Run the model on one batch and return its output and the batch's first tensor.
 
     Raises ValueError where the batch is on another device than the model, TypeError where it is
     neither a tensor nor a tuple, list or dict of tensors.
@@ -61,8 +61,7 @@ def forward(model: nn.Module, batch: object, devices: set[torch.device]) -> int:
     if isinstance(batch, Mapping):
         tensors = [v for v in batch.values() if isinstance(v, Tensor)]
         _check_device(tensors, devices)
-        model(**batch)
-        return tensors[0].shape[0] if tensors and tensors[0].dim() else 1
+        return model(**batch), tensors[0] if tensors else torch.empty(())
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(first, Tensor):
         raise TypeError(
@@ -70,7 +69,12 @@ def forward(model: nn.Module, batch: object, devices: set[torch.device]) -> int:
             f"got {type(batch).__name__}"
         )
     _check_device([first], devices)
-    model(first)
+    return model(first), first
+
+
+def forward(model: nn.Module, batch: object, devices: set[torch.device]) -> int:
+    """Run the model on one batch and return how many samples the batch holds; raises as `call`."""
+    first = call(model, batch, devices)[1]
     return first.shape[0] if first.dim() else 1
 
 

@@ -13,14 +13,17 @@ from liveweight.prune.mask import own_mask, set_mask_
 from liveweight.prune.select import Keep
 
 
+def alive_weights(target: Target) -> Tensor:
+    """Return what earlier calls left of a layer's weights: bool, the shape of its scores."""
+    mask = own_mask(target.module, "weight")
+    if mask is None:
+        return torch.ones(target.score_shape, dtype=torch.bool, device=target.module.weight.device)
+    return mask if mask.shape == target.score_shape else mask.flatten(2).any(2)
+
+
 def _alive(target: Target) -> Keep:
     """What earlier calls left of a layer, at the granularity of its scores."""
-    module = target.module
-    mask = own_mask(module, "weight")
-    if mask is None:
-        weight = torch.ones(target.score_shape, dtype=torch.bool, device=module.weight.device)
-    else:
-        weight = mask if mask.shape == target.score_shape else mask.flatten(2).any(2)
+    weight, module = alive_weights(target), target.module
     if module.bias is None:
         return Keep(weight)
     bias = own_mask(module, "bias")

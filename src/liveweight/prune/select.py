@@ -153,14 +153,14 @@ class _Entries:
     spread: Callable[[Tensor], Tensor]
 
 
-def _entries(score: LayerScore, target: Target, alive: Keep, blocks: Blocks | None) -> _Entries:
+def _entries(score: LayerScore, entry_size: int, alive: Keep, blocks: Blocks | None) -> _Entries:
     weight, live = score.weight, alive.weight
     if blocks is None:
-        sizes = live.flatten() * target.entry_size
+        sizes = live.flatten() * entry_size
         return _Entries(weight.flatten(), sizes, lambda keep: keep.view_as(weight))
     area = blocks.sums(torch.ones_like(weight))
     rank = blocks.sums(weight * live) / area
-    sizes = (blocks.sums(live) * target.entry_size).long()
+    sizes = (blocks.sums(live) * entry_size).long()
     return _Entries(
         rank.flatten(),
         sizes.flatten(),
@@ -185,7 +185,10 @@ def _by_ratio(
     rule: Rule,
 ) -> dict[str, Keep]:
     """Rank the entries of all the given layers together."""
-    found = {n: _entries(s, targets[n], alive[n], rule.of(targets[n])) for n, s in scores.items()}
+    found = {
+        n: _entries(s, targets[n].entry_size, alive[n], rule.of(targets[n]))
+        for n, s in scores.items()
+    }
     rank = torch.cat([e.rank for e in found.values()])
     sizes = torch.cat([e.sizes for e in found.values()])
     total = sum(s.weight.numel() * targets[n].entry_size for n, s in scores.items())
@@ -200,6 +203,18 @@ def _keep_the_best_(keep: Tensor, rank: Tensor, sizes: Tensor) -> None:
     """Keep the best live block of a layer of which no block would fit: it must stay connected."""
     if not keep.any() and (sizes > 0).any():
         keep[torch.where(sizes > 0, rank, -1.0).argmax()] = True
+
+
+def best_blocks(means: Tensor, sizes: Tensor, budget: int, sparsity: float) -> Tensor:
+    """Return which blocks of one layer `select` keeps: bool [rows, columns].
+
+    means   score of each block per entry; sizes: its live weights; budget: weights that may stay
+    """
+    means, sizes, shape = means.flatten(), sizes.flatten().long(), means.shape
+    keep = _largest(means, sizes, budget)
+    if sparsity < 1:
+        _keep_the_best_(keep, means, sizes)
+    return keep.view(shape)
 
 
 def _select_layer(score: LayerScore, target: Target, alive: Keep, rule: Rule, ties: str) -> Keep:

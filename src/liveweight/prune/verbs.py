@@ -30,14 +30,16 @@ Sizes = tuple[int, ...] | dict[str, tuple[int, ...]]
 Selectors = Selector | Iterable[Selector] | None
 
 
-def _check_model(model: object) -> None:
+def check_model(model: object) -> None:
+    """Raise TypeError for anything but a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
 
 
-def _make_targets(
+def make_targets(
     chosen: dict[str, nn.Module], importance: Importance, granularity: str | None
 ) -> dict[str, Target]:
+    """Return what is scored of each layer: its weights or its kernels."""
     targets = {}
     for name, module in chosen.items():
         kind = layer_kind(module)
@@ -49,7 +51,8 @@ def _make_targets(
     return targets
 
 
-def _check_any(targets: dict[str, Target], left: dict[str, str]) -> None:
+def check_any(targets: dict[str, Target], left: dict[str, str]) -> None:
+    """Raise ValueError with the reasons where no layer is left to work on."""
     if not targets:
         why = "; ".join(f"'{name}': {reason}" for name, reason in left.items())
         raise ValueError(
@@ -81,13 +84,13 @@ def score(
     Raises ValueError for empty data, data on another device, NaN activations (the layer is named),
     a selector that matches nothing, and unknown names; TypeError for wrong types.
     """
-    _check_model(model)
+    check_model(model)
     importance = resolve_importance(importance)
     check_data(importance, data)
     check_granularity(granularity, SCORED)
     chosen, left, notes = choose_layers(model, layers, ignore)
-    targets = _make_targets(chosen, importance, granularity)
-    _check_any(targets, left)
+    targets = make_targets(chosen, importance, granularity)
+    check_any(targets, left)
     scoring = Scoring(importance, targets)
     if scoring.watches:
         scoring.called |= observe(model, scoring.watches, Batches(data, steps))
@@ -146,16 +149,16 @@ def prune_(
     outside [0, 1], or block or pattern is missing, unusable or without its granularity. A failure
     leaves weights, buffers, BatchNorm and modules as they were.
     """
-    _check_model(model)
+    check_model(model)
     importance = resolve_importance(importance)
     structure = parse_structure(granularity, block, pattern)
     rule = parse_rule(alpha, sparsity, scope, structure)
     check_data(importance, data)
     chosen, left, notes = choose_layers(model, layers, ignore)
-    targets = _make_targets(chosen, importance, granularity)
+    targets = make_targets(chosen, importance, granularity)
     left |= {n: why for n, t in targets.items() if (why := rule.why_not(t))}
     targets = {n: t for n, t in targets.items() if n not in left}
-    _check_any(targets, left)
+    check_any(targets, left)
     with restoring(model, always=dry_run):
         for module in model.modules():
             absorb_(module)
