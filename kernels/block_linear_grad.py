@@ -17,6 +17,7 @@ from .epilogue import finish
 from .launch import arch_of, check_dtype, check_operand, precision
 from .tiles import Tile, pick_tile
 
+_OP = "block_linear_grad_values"
 _SEARCH = 256  # rows of blocks looked at together
 
 
@@ -111,24 +112,16 @@ def launch_grad_values(
     Deterministic; runs on the current stream. Raises TypeError and ValueError where an operand does
     not fit; what the indices hold is not looked at.
     """
-    op, (M, N), K = "block_linear_grad_values", grad.shape, x.shape[1]
-    bh, bw = block
-    check_dtype(op, "grad", grad)
-    if bh not in SIDES or bw not in SIDES:
-        raise ValueError(f"{op}: expected sides in {SIDES}, got block {tuple(block)}")
-    kept, rows = columns.numel(), triton.cdiv(N, bh)
-    check_operand(op, "grad", grad, (M, N), grad, grad.dtype)
-    check_operand(op, "x", x, (M, K), grad, grad.dtype)
-    check_operand(op, "row_offsets", row_offsets, (rows + 1,), grad, torch.int32)
-    check_operand(op, "columns", columns, (kept,), grad, torch.int32)
+    rows = _check(grad, x, row_offsets, columns, block)
+    (M, N), K, (bh, bw), kept = grad.shape, x.shape[1], block, columns.numel()
     values = grad.new_empty(kept, bw, bh)
     if kept == 0:
         return values
     if M == 0:
         return values.zero_()
     if tile is None:
-        density = kept / max(rows * triton.cdiv(K, bw), 1)
-        tile = pick_tile(f"{op}/{bh}", (N, K, M), density, grad.dtype, arch_of(grad))
+        density, op = kept / max(rows * triton.cdiv(K, bw), 1), f"{_OP}/{bh}"
+        tile = pick_tile(op, (N, K, M), density, grad.dtype, arch_of(grad))
     # Samples are cut into no more parts than they have steps; a power of two, as every number is a
     # compilation.
     parts = 1 << (min(tile.split, triton.cdiv(M, tile.k)).bit_length() - 1)
@@ -150,3 +143,19 @@ def launch_grad_values(
     if parts > 1:
         finish(out, values)
     return values
+
+
+def _check(
+    grad: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor, block: tuple[int, int]
+) -> int:
+    """Return the rows of blocks; raise unless the operands fit each other."""
+    (M, N), K = grad.shape, x.shape[1]
+    check_dtype(_OP, "grad", grad)
+    if not set(block) <= set(SIDES):
+        raise ValueError(f"{_OP}: expected sides in {SIDES}, got block {tuple(block)}")
+    rows = triton.cdiv(N, block[0])
+    check_operand(_OP, "grad", grad, (M, N), grad, grad.dtype)
+    check_operand(_OP, "x", x, (M, K), grad, grad.dtype)
+    check_operand(_OP, "row_offsets", row_offsets, (rows + 1,), grad, torch.int32)
+    check_operand(_OP, "columns", columns, tuple(columns.shape[:1]), grad, torch.int32)
+    return rows

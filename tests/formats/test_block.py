@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from liveweight.formats import Block
+from liveweight.formats.block import GPU_COSTS
 
 BLOCKS = [(16, 1), (8, 8), (16, 16), (32, 32), (5, 3), (1, 1), (128, 128)]
 
@@ -83,6 +84,26 @@ def test_best_block_of_scattered_entries_says_how_much_is_wasted():
     assert Block.best_block(weight, [(1, 1), (2, 2)]) == ((1, 1), 1.0)
     with pytest.raises(ValueError, match="at least one candidate"):
         Block.best_block(weight, [])
+
+
+def test_best_block_by_cost():
+    costs = {(2, 2): 1.0, (4, 2): 0.3}
+    weight = torch.zeros(8, 8)
+    weight[:2] = 1.0
+    assert Block.best_block(weight, costs) == ((4, 2), 0.5)  # 32 entries x 0.3 against 16
+    assert Block.best_block(weight, {**costs, (4, 2): 0.45}) == ((2, 2), 1.0)  # a near tie
+    assert Block.best_block(torch.zeros(8, 8), costs) == ((2, 2), 1.0)
+
+
+def test_costs_on_a_gpu_choose_taller_panels_where_few_zeros_are_added():
+    for block, density, found in [
+        ((64, 64), 0.1, (64, 64)),
+        ((16, 16), 0.05, (16, 16)),
+        ((16, 16), 0.35, (128, 16)),
+        ((16, 16), 1.0, (128, 128)),
+    ]:
+        weight = block_sparse(512, 512, block, density)
+        assert Block.best_block(weight, GPU_COSTS)[0] == found
 
 
 def test_messages_of_from_dense():

@@ -152,6 +152,14 @@ def test_module_compiles_and_trains(gpu):
         torch.testing.assert_close(compiled, eager)
 
 
+def test_module_says_who_serves_it(gpu):
+    linear = torch.nn.Linear(64, 64, device=gpu)
+    for block, backend in [((16, 16), "triton"), ((8, 8), "reference")]:
+        module = nn.SparseLinear.from_dense(linear, "block", block=block)
+        assert f"backend={backend}" in repr(module)
+    assert nn.SparseLinear.from_dense(linear, "block").pack().block == (128, 128)
+
+
 def test_another_stream(gpu):
     x, weight, bias, _ = make(300, 256, 256, (32, 32), torch.float16, gpu)
     want = ops.block_linear(x, weight, bias)

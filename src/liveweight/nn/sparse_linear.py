@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from liveweight.formats import NM, Block, Unstructured
+from liveweight.formats.block import GPU_COSTS
 from liveweight.nn.sparse_module import SparseModule, find_format, read_dense
 from liveweight.ops.activation import activation_code
 from liveweight.ops.block_linear import apply_block
@@ -72,7 +73,8 @@ class SparseLinear(SparseModule):
         format  "unstructured", "block", "nm" (2:4), or "auto": "block" where zeros form blocks,
                 else "unstructured"
         mask    bool like weight: what is stored, zeros included; default: what is not zero
-        block   (rows, columns) of a block for "block"; default: what stores the fewest zeros
+        block   (rows, columns) of a block for "block"; default: what stores the fewest zeros; on
+                a GPU what should cost least for many samples (Block.best_block)
 
         Masks of torch.nn.utils.prune and mask buffers are applied first. The new module is in the
         mode (training or not) of linear and its tensors are copies.
@@ -82,7 +84,9 @@ class SparseLinear(SparseModule):
         weight = read_dense(linear, "weight")
         if format == "auto":
             kept = weight if mask is None else mask.to(weight.dtype)
-            blocks_fit = block is not None or Block.best_block(kept)[1] >= _BLOCKS_FIT
+            # Whether zeros form blocks; which blocks then cost least is another question.
+            sizes = tuple(GPU_COSTS) if kept.is_cuda else None
+            blocks_fit = block is not None or Block.best_block(kept, sizes)[1] >= _BLOCKS_FIT
             format = "block" if blocks_fit and bool((kept == 0).any()) else "unstructured"
         kind = find_format("SparseLinear", format, cls.formats)
         options = {}
@@ -111,6 +115,10 @@ class SparseLinear(SparseModule):
             y = _op(flat, values, *pattern, tile, shape[0], bias, code, self.batch_last)
             return y if x.dim() == 2 else y.view(*x.shape[:-1], shape[0])
         return apply_unstructured(x, values, *pattern, tile, shape, bias, code, self.batch_last)
+
+    def _backend(self) -> str:
+        served = self.format != "block" or self.pack().block in GPU_COSTS
+        return super()._backend() if served or not self.values.is_cuda else "reference"
 
     def extra_repr(self) -> str:
         """Sizes, sparsity, format and backend."""
