@@ -1,7 +1,8 @@
 """Orders for all spaces of a model at once: a layer's rows belong to one, its columns to another.
 
 One space after the other is arranged while the others stand. In the first sweep a layer's other
-axis, where it can still move, counts unit by unit and not yet in blocks.
+axis, where it can still move, counts unit by unit and not yet in blocks; a second run counts blocks
+from the start, and the better result stays.
 """
 
 from __future__ import annotations
@@ -134,22 +135,24 @@ def _sweep(
     sparsity: float,
 ) -> dict[int, Tensor]:
     """Arrange one space after the other, again and again; return the best orders on the way."""
-    orders, best = dict(present), dict(present)
-    most = _total(layers, present, sparsity, weights)
-    for sweep in range(_SWEEPS):
-        for space in orders:
-            found = [
-                replace(view, values=view.values * weights[name])
-                for name, layer in layers.items()
-                for view in layer.views(space, orders, 1.0 - sparsity, loose=sweep == 0)
-                if view is not None
-            ]
-            orders[space] = arrange(found, orders[space])
-        gained = _total(layers, orders, sparsity, weights) - most
-        if gained > 0:
-            best, most = dict(orders), most + gained
-        if sweep and gained < _ENOUGH:
-            break
+    best, most = present, _total(layers, present, sparsity, weights)
+    for loosely in (True, False):
+        orders, last = dict(present), -1.0
+        for sweep in range(_SWEEPS):
+            for space in orders:
+                found = [
+                    replace(view, values=view.values * weights[name])
+                    for name, layer in layers.items()
+                    for view in layer.views(space, orders, 1.0 - sparsity, loosely and sweep == 0)
+                    if view is not None
+                ]
+                orders[space] = arrange(found, orders[space])
+            kept = _total(layers, orders, sparsity, weights)
+            if kept > most:
+                best, most = dict(orders), kept
+            if sweep and kept < last + _ENOUGH:
+                break
+            last = kept
     return best
 
 
