@@ -5,172 +5,33 @@ of x's rows by that matrix, the panel, and takes x chunk by chunk at the columns
 keeps. The gradient to the input is the same walk over the turned list: chunks of the output's
 gradient, panels of columns of blocks, so one kernel serves both.
 
-Floor on a GPU of P FLOP/s, with L FLOP/s' worth of bytes from its L2 cache: every step of k reads
-m + panel numbers for m * panel products, whatever the sparsity, so a panel of 16 or 32 is bound by
-the reads of x and not by the tensor cores. The same mask stored with taller panels (32, 64 or 128
-rows, the union of their columns) reads x once for all of them and can be faster, zeros included.
+Floor: the longest of 2 M kept bw bh / the tensor cores' rate, the bytes of x, values and y / the
+memory's, and, where M is large, the bytes read through the L2 cache / its rate: a tile of m samples
+reads m + panel numbers for m * panel products, whatever the sparsity. In bf16 that is 15 FLOP/byte
+for panels of 16 and m = 256, 28 for 32, 51 for 64, 85 for 128, so short panels are bound by the
+reads of x. The same mask stored with taller panels (more rows a block, the union of their columns)
+reads x once for all of them and can be faster, although it multiplies zeros.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .epilogue import finish, store_tile
-from .launch import DTYPES, arch_of, check_dtype, check_operand, precision
+from .epilogue import finish
+from .launch import DTYPES, arch_of, check_dtype, check_operand, precision, tma_reads
+from .panels import panel_kernel
 from .tiles import Tile, pick_tile
 
 __all__ = ["DTYPES", "SIDES", "launch", "launch_grad_x", "serves"]
 
 SIDES = (16, 32, 64, 128)  # of the blocks that have a kernel
+_PART_BYTES = 64 << 10  # of a panel's values that a part has at least: adding up is a launch
 _GROUP_M = 8  # tiles of x's rows that go through the panels together
-_PLAIN = ["offsets_ptr", "list_ptr", "blocks_ptr", "order_ptr"]  # views at any place of a tensor
-
-
-@triton.jit
-def find_place(pid, M, panels, order_ptr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
-    """Return (first row of x, panel) of a program.
-
-    GROUP_M tiles of rows go through all panels together, so that their x stays in the L2 cache, and
-    through the panels with the most work first, so that little is left when programs run out.
-    """
-    tiles = tl.cdiv(M, BLOCK_M)
-    group = pid // (GROUP_M * panels)
-    size = tl.minimum(tiles - group * GROUP_M, GROUP_M)
-    rest = pid % (GROUP_M * panels)
-    tile = group * GROUP_M + rest % size
-    return tile * BLOCK_M, tl.load(order_ptr + rest // size)
-
-
-@triton.jit
-def find_share(offsets_ptr, panel, part, PARTS: tl.constexpr, TOGETHER: tl.constexpr):
-    """Return where a part of the panel's blocks begins and ends, in whole steps of TOGETHER."""
-    first = tl.load(offsets_ptr + panel)
-    last = tl.load(offsets_ptr + panel + 1)
-    steps = tl.cdiv(last - first, TOGETHER)
-    begin = first + (steps * part) // PARTS * TOGETHER
-    end = first + (steps * (part + 1)) // PARTS * TOGETHER
-    return begin, tl.minimum(end, last)
-
-
-@triton.jit
-def list_place(step, first, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Return where a step's blocks stand in the list: a number, or one for each k of the step."""
-    if BLOCK_K > CHUNK:
-        place = first + step * (BLOCK_K // CHUNK) + tl.arange(0, BLOCK_K) // CHUNK
-    else:
-        place = first + step // (CHUNK // BLOCK_K)
-    return place
-
-
-@triton.jit
-def inner_start(step, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Return at which column of its block a step begins."""
-    return 0 if BLOCK_K > CHUNK else step % (CHUNK // BLOCK_K) * BLOCK_K
-
-
-@triton.jit
-def load_x(
-    x, m, M, K, chunk, start, inside, CHUNK: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """Return x [BLOCK_M, BLOCK_K] at the columns of a step's chunks, zero outside."""
-    if TMA:
-        x = x.load([m, chunk * CHUNK + start])
-    else:
-        row = m + tl.arange(0, BLOCK_M)
-        at = chunk * CHUNK + start + tl.arange(0, BLOCK_K) % CHUNK
-        mask = (row < M)[:, None]
-        if BLOCK_K > CHUNK:
-            # The compiler cannot know that loaded chunks begin at multiples of CHUNK; told so, it
-            # copies 16 bytes at a time.
-            at = tl.max_contiguous(tl.multiple_of(at, CHUNK), CHUNK)
-            mask = mask & inside[None, :]
-        if not EVEN_K:
-            mask = mask & (at < K)[None, :]
-        x = tl.load(x + row.to(tl.int64)[:, None] * K + at[None, :], mask=mask, other=0.0)
-    return x
-
-
-@triton.jit
-def load_panel(
-    values, block, start, inside, TURNED: tl.constexpr, CHUNK: tl.constexpr, PANEL: tl.constexpr,
-    BLOCK_K: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """Return [BLOCK_K, PANEL] of the panel: of values [kept, CHUNK, PANEL], or, TURNED, of
-    values [kept, PANEL, CHUNK], zero outside."""
-    if TMA:
-        if TURNED:
-            panel = tl.trans(values.load([block * PANEL, start]))
-        else:
-            panel = values.load([block * CHUNK + start, 0])
-    else:
-        k = start + tl.arange(0, BLOCK_K) % CHUNK
-        p = tl.arange(0, PANEL)
-        here = block.to(tl.int64) * (CHUNK * PANEL)  # passes 2**31 for large layers
-        if TURNED:
-            at = here + k
-            if BLOCK_K > CHUNK:
-                at = tl.max_contiguous(tl.multiple_of(at, CHUNK), CHUNK)
-            at = at[:, None] + p[None, :] * CHUNK
-        else:
-            at = (here + k * PANEL)[:, None] + p[None, :]
-        mask = inside[:, None] if BLOCK_K > CHUNK else None
-        panel = tl.load(values + at, mask=mask, other=None if mask is None else 0.0)
-    return panel
-
-
-@triton.jit(do_not_specialize=["M", "panels"], do_not_specialize_on_alignment=_PLAIN)
-def panel_kernel(
-    x, values, offsets_ptr, list_ptr, blocks_ptr, order_ptr, bias_ptr, y_ptr,
-    M, K, N, panels,
-    TURNED: tl.constexpr, CHUNK: tl.constexpr, PANEL: tl.constexpr, EVEN_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-    PARTS: tl.constexpr, TMA: tl.constexpr, GROUP_M: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One tile of y [PARTS, M, N]: BLOCK_M rows of x [M, K] by the panel, or by a part of it.
-
-    x and values are contiguous tensors, or, with TMA, descriptors of them as matrices.
-    """
-    TOGETHER: tl.constexpr = BLOCK_K // CHUNK if BLOCK_K > CHUNK else 1  # blocks a step
-    STEPS: tl.constexpr = 1 if BLOCK_K > CHUNK else CHUNK // BLOCK_K  # steps a block
-    first_m, panel = find_place(tl.program_id(0), M, panels, order_ptr, BLOCK_M, GROUP_M)
-    part = tl.program_id(1)
-    first, last = find_share(offsets_ptr, panel, part, PARTS, TOGETHER)
-
-    # The numbers of a step's blocks are loaded one step ahead: inside a step they would be the
-    # address of another load, on which the compiler spends half of its pipeline.
-    place = list_place(0, first, CHUNK, BLOCK_K)
-    chunk = tl.load(list_ptr + place, mask=place < last, other=0)
-    block = tl.load(blocks_ptr + place, mask=place < last, other=0) if TURNED else place
-    acc = tl.zeros((BLOCK_M, PANEL), tl.float32)
-    for step in range(tl.cdiv(last - first, TOGETHER) * STEPS):
-        start = inner_start(step, CHUNK, BLOCK_K)
-        inside = place < last
-        x_tile = load_x(
-            x, first_m, M, K, chunk, start, inside, CHUNK, EVEN_K, BLOCK_M, BLOCK_K, TMA
-        )
-        w_tile = load_panel(values, block, start, inside, TURNED, CHUNK, PANEL, BLOCK_K, TMA)
-        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
-        place = list_place(step + 1, first, CHUNK, BLOCK_K)
-        chunk = tl.load(list_ptr + place, mask=place < last, other=0)
-        block = tl.load(blocks_ptr + place, mask=place < last, other=0) if TURNED else place
-
-    y_ptr += part * tl.cast(M, tl.int64) * N
-    if BLOCK_M * PANEL > 128 * 128:
-        # In halves: a whole large tile in the middle of GELU does not fit into the registers.
-        HALF: tl.constexpr = PANEL // 2
-        halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1))
-        left, right = tl.split(halves)
-        n = panel * PANEL
-        store_tile(left, y_ptr, bias_ptr, first_m, n, M, N, HAS_BIAS, ACTIVATION)
-        store_tile(right, y_ptr, bias_ptr, first_m, n + HALF, M, N, HAS_BIAS, ACTIVATION)
-    else:
-        store_tile(acc, y_ptr, bias_ptr, first_m, panel * PANEL, M, N, HAS_BIAS, ACTIVATION)
 
 
 def serves(values: Tensor) -> bool:
@@ -199,15 +60,12 @@ def launch(
     float32 as in launch.precision. Deterministic; runs on the current stream. Raises TypeError and
     ValueError where an operand does not fit; what the indices hold is not looked at.
     """
-    (M, K), N = x.shape, shape[0]
+    M, N = x.shape[0], shape[0]
     rows, width = _check("block_linear", values, row_offsets, columns, schedule, shape)
     check_operand("block_linear", "x", x, (M, shape[1]), values, values.dtype)
     if bias is not None:
         check_operand("block_linear", "bias", bias, (N,), values, values.dtype)
-    bw, bh = values.shape[1:]
-    if tile is None:
-        density = columns.numel() / max(rows * width, 1)
-        tile = pick_tile(f"block_linear/{bh}", (M, N, K), density, x.dtype, arch_of(x))
+    tile = tile or _pick(x, values, values.shape[2], N, rows * width)
     index = (row_offsets, columns, columns, schedule)
     return _multiply(x, values, index, N, bias, activation, tile, turned=False)
 
@@ -217,14 +75,10 @@ def launch_grad_x(
     shape: tuple[int, int], tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """Return grad W [M, K] for grad [M, N] contiguous; the other arguments are those of launch."""
-    (M, N), K = grad.shape, shape[1]
+    M, K, (kept, bw, _) = grad.shape[0], shape[1], values.shape
     rows, width = _check("block_linear_grad_x", values, row_offsets, columns, schedule, shape)
     check_operand("block_linear_grad_x", "grad", grad, (M, shape[0]), values, values.dtype)
-    kept, bw, _ = values.shape
-    if tile is None:
-        density = kept / max(rows * width, 1)
-        # The same walk, so the same tiles: of panels bw wide.
-        tile = pick_tile(f"block_linear/{bw}", (M, K, N), density, grad.dtype, arch_of(grad))
+    tile = tile or _pick(grad, values, bw, K, rows * width)
     sizes = [rows, width, width + 1, kept, kept]
     _, order, offsets, blocks, rows_of = schedule.split(sizes)
     return _multiply(grad, values, (offsets, rows_of, blocks, order), K, None, 0, tile, turned=True)
@@ -249,6 +103,18 @@ def _check(
     ):
         check_operand(op, name, index, (size,), values, torch.int32)
     return rows, width
+
+
+def _pick(x: Tensor, values: Tensor, panel: int, N: int, blocks: int) -> Tile:
+    """Return the tile for a call, cut into no more parts than are worth adding up again.
+
+    The turned walk is the same walk, and takes the same tiles.
+    """
+    M, K = x.shape
+    density = values.shape[0] / max(blocks, 1)
+    tile = pick_tile(f"block_linear/{panel}", (M, N, K), density, x.dtype, arch_of(x))
+    each = values.numel() * values.element_size() // max(triton.cdiv(N, panel), 1)
+    return dataclasses.replace(tile, split=min(tile.split, max(each // _PART_BYTES, 1)))
 
 
 def _multiply(
@@ -282,18 +148,10 @@ def _multiply(
     return y
 
 
-def tma_reads(tensor: Tensor) -> bool:
-    """Return whether TMA can read rows of tensor: it wants 16-byte places."""
-    aligned = tensor.data_ptr() % 16 == 0
-    return aligned and tensor.shape[-1] * tensor.element_size() % 16 == 0
-
-
 def _describe(
     x: Tensor, values: Tensor, tile: Tile, panel: int, turned: bool
 ) -> tuple[TensorDescriptor, TensorDescriptor]:
     """Return descriptors of x and of values [kept * bw, bh], and the boxes they are read in."""
-    matrix = values.flatten(0, 1)
-    box = [panel, tile.k] if turned else [tile.k, panel]
-    return TensorDescriptor.from_tensor(x, [tile.m, tile.k]), TensorDescriptor.from_tensor(
-        matrix, box
-    )
+    matrix, box = values.flatten(0, 1), [panel, tile.k] if turned else [tile.k, panel]
+    of_x = TensorDescriptor.from_tensor(x, [tile.m, tile.k])
+    return of_x, TensorDescriptor.from_tensor(matrix, box)

@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .block_linear import SIDES, tma_reads
+from .block_linear import SIDES
 from .epilogue import finish
-from .launch import arch_of, check_dtype, check_operand, precision
+from .launch import arch_of, check_dtype, check_operand, precision, tma_reads
 from .tiles import Tile, pick_tile
 
 _OP = "block_linear_grad_values"

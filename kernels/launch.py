@@ -46,5 +46,11 @@ def check_dtype(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"{op}: expected {name} {known}, got {_name(tensor.dtype)}")
 
 
+def tma_reads(tensor: Tensor) -> bool:
+    """Return whether TMA can read rows of tensor: it wants 16-byte places."""
+    aligned = tensor.data_ptr() % 16 == 0
+    return aligned and tensor.shape[-1] * tensor.element_size() % 16 == 0
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

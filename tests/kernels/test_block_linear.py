@@ -202,6 +202,21 @@ def test_parts_are_added_in_one_order(device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_a_panel_is_cut_where_its_parts_are_long_and_samples_few(monkeypatch):
+    monkeypatch.setattr(kernel, "arch_of", lambda x: 90)
+
+    def split(M, N, kept, block=(64, 64), dtype=torch.bfloat16):
+        values = torch.empty(kept, *block, dtype=dtype, device="meta")
+        x = torch.empty(M, 4096, dtype=dtype, device="meta")
+        return kernel._pick(x, values, block[1], N, N // block[1] * 4096 // block[0]).split
+
+    assert split(8, 4096, 64 * 64) == 4  # 512 KiB a panel
+    assert split(8, 4096, 64 * 16) == 2
+    assert split(8, 4096, 64) == split(8, 4096, 0) == 1
+    assert split(8, 16384, 256 * 32) == 1  # panels enough for every multiprocessor
+    assert split(4096, 4096, 64 * 64) == 1
+
+
 def test_pick_tile_serves_every_panel():
     for arch in (80, 86, 89, 90, 100, 120):
         for dtype in DTYPES:
