@@ -379,3 +379,19 @@ def test_launchers_guard_memory():
         OPS.block_linear_grad_x(x, *parts(packed), [5, 6])
     with pytest.raises(RuntimeError, match="expected grad"):
         OPS.block_linear_grad_values(torch.ones(3, 5), x, *parts(packed)[1:], [2, 2])
+
+
+@pytest.mark.parametrize("block", [(16, 1), (8, 4), (32, 16)], ids=str)
+def test_gradients_at_dense_cost_equal_the_reference(block):
+    from liveweight.ops.block_linear import grad_values_by_dense, grad_x_by_dense
+
+    weight = torch.randn(37, 29, dtype=torch.float64)
+    weight[:, ::3] = 0
+    packed = Block.from_dense(weight, block=block)
+    x, grad = torch.randn(5, 29, dtype=torch.float64), torch.randn(5, 37, dtype=torch.float64)
+    index = (packed.row_offsets, packed.columns)
+    args = (*index, packed.schedule)
+    want = reference.block_linear_grad_x(grad, packed.values, *args, packed.shape)
+    assert torch.allclose(grad_x_by_dense(grad, packed.values, *index, packed.shape), want)
+    want = reference.block_linear_grad_values(grad, x, *args, block)
+    assert torch.allclose(grad_values_by_dense(grad, x, *index, block), want)

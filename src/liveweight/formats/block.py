@@ -75,9 +75,9 @@ class Block(pattern.PackedWeight):
         else:
             pattern.check_mask(_OWNER, mask, (shape,))
             weight = torch.where(mask, weight, 0)
-        kept = _cut(mask, bh, bw).flatten(2).any(2)
+        kept = cut_blocks(mask, bh, bw).flatten(2).any(2)
         row_offsets, columns = csr_pattern(kept)
-        return cls(_cut(weight, bh, bw)[kept].contiguous(), row_offsets, columns, shape)
+        return cls(cut_blocks(weight, bh, bw)[kept].contiguous(), row_offsets, columns, shape)
 
     @staticmethod
     def best_block(
@@ -102,7 +102,7 @@ class Block(pattern.PackedWeight):
         stored = {}
         for block in costs:
             bh, bw = check_block(block)
-            stored[bh, bw] = int(_cut(mask, bh, bw).flatten(2).any(2).sum()) * bh * bw
+            stored[bh, bw] = int(cut_blocks(mask, bh, bw).flatten(2).any(2).sum()) * bh * bw
         if not stored:
             raise ValueError(f"{_OWNER}: expected at least one candidate")
         work = {block: entries * costs[block] for block, entries in stored.items()}
@@ -177,8 +177,8 @@ def blocks_to_dense(
     return dense.permute(0, 3, 1, 2).reshape(rows * bh, width * bw)[: shape[0], : shape[1]]
 
 
-def _cut(weight: Tensor, bh: int, bw: int) -> Tensor:
-    """Return weight [N, K], padded with zeros, as blocks [rows, columns, bw, bh]."""
+def cut_blocks(weight: Tensor, bh: int, bw: int) -> Tensor:
+    """Return weight [N, K], padded with zeros, as all its blocks [rows, columns, bw, bh]."""
     rows, width = grid(tuple(weight.shape), (bh, bw))
     pad = (0, width * bw - weight.shape[1], 0, rows * bh - weight.shape[0])
     return functional.pad(weight, pad).reshape(rows, bh, width, bw).permute(0, 2, 3, 1)

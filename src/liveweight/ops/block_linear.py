@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from liveweight import _library, reference
 from liveweight.formats import Block
+from liveweight.formats.block import blocks_to_dense, cut_blocks
+from liveweight.formats.pattern import expand_rows
 from liveweight.ops.activation import activation_code, activation_grad
 
 _NAME = "block_linear"
@@ -171,6 +173,21 @@ def _fake_grad_values(grad, x, row_offsets, columns, schedule, block):
     return x.new_empty(columns.shape[0], block[1], block[0])
 
 
+def grad_x_by_dense(
+    grad: Tensor, values: Tensor, row_offsets: Tensor, columns: Tensor, shape: tuple[int, int]
+) -> Tensor:
+    """Return grad W [M, K] at dense cost: the weight is laid out for a dense product."""
+    return grad @ blocks_to_dense(values, row_offsets, columns, shape)
+
+
+def grad_values_by_dense(
+    grad: Tensor, x: Tensor, row_offsets: Tensor, columns: Tensor, block: tuple[int, int]
+) -> Tensor:
+    """Return the gradient to the values [kept, bw, bh] at dense cost: kept blocks of grad^T x."""
+    blocks = cut_blocks(grad.t() @ x, *block)
+    return blocks[expand_rows(row_offsets, columns.numel()), columns.long()]
+
+
 _library.register(_NAME, reference.block_linear, _fake)
 _library.register(f"{_NAME}_grad_x", reference.block_linear_grad_x, _fake_grad_x)
 _library.register(f"{_NAME}_grad_values", reference.block_linear_grad_values, _fake_grad_values)
@@ -181,43 +198,58 @@ _op_values = torch.ops.liveweight.block_linear_grad_values.default
 try:
     from liveweight.kernels import block_linear as _kernel
     from liveweight.kernels import block_linear_grad as _kernel_grad
+    from liveweight.kernels import block_linear_narrow as _kernel_narrow
 except ImportError:  # no Triton: the reference serves CUDA too, and lw.info() says why
     pass
 else:
     _warned = False
 
+    def _is_narrow(bh: int, bw: int) -> bool:
+        """Return whether blocks are panels of few columns, which have a forward kernel alone."""
+        return bh in _kernel_narrow.HEIGHTS and bw in _kernel_narrow.WIDTHS
+
     def _has_kernel(x: Tensor, bh: int, bw: int) -> bool:
         """Return whether the GPU's kernels serve these blocks; say once that they do not."""
         global _warned
-        if bh in _kernel.SIDES and bw in _kernel.SIDES:
+        if (bh in _kernel.SIDES and bw in _kernel.SIDES) or _is_narrow(bh, bw):
             return x.dtype in _kernel.DTYPES  # float64 is there for gradient checks
         if not _warned:
             _warned = True
-            sides = ", ".join(map(str, _kernel.SIDES))
+            sides, narrow = (", ".join(map(str, s)) for s in (_kernel.SIDES, _kernel_narrow.WIDTHS))
             warnings.warn(
                 f"liveweight.{_NAME} runs its slow PyTorch reference on CUDA: blocks ({bh}, {bw}) "
-                f"have no kernel there, blocks with sides out of {sides} have",
+                f"have no kernel there, blocks with {sides} rows and as many or {narrow} columns "
+                "have",
                 stacklevel=2,
             )
         return False
 
     def _launch(x, values, row_offsets, columns, schedule, shape, bias, activation, batch_last):
-        if not _has_kernel(x, values.shape[2], values.shape[1]):
-            args = (row_offsets, columns, schedule, shape, bias, activation, batch_last)
-            return reference.block_linear(x, values, *args)
+        bh, bw = values.shape[2], values.shape[1]
         index = (row_offsets, columns, schedule)
+        if not _has_kernel(x, bh, bw):
+            return reference.block_linear(x, values, *index, shape, bias, activation, batch_last)
+        if _is_narrow(bh, bw):
+            rest = (shape, bias, activation, batch_last)
+            return _kernel_narrow.launch(x, values, *index, *rest)
         y = _kernel.launch(x.contiguous(), values, *index, shape, bias, activation)
         return y.t().contiguous().t() if batch_last else y
 
     def _launch_grad_x(grad, values, row_offsets, columns, schedule, shape):
-        served = _has_kernel(grad, values.shape[2], values.shape[1])
-        run = _kernel.launch_grad_x if served else reference.block_linear_grad_x
-        return run(grad, values, row_offsets, columns, schedule, shape)
+        bh, bw = values.shape[2], values.shape[1]
+        index = (row_offsets, columns, schedule)
+        if not _has_kernel(grad, bh, bw):
+            return reference.block_linear_grad_x(grad, values, *index, shape)
+        if _is_narrow(bh, bw):
+            return grad_x_by_dense(grad, values, row_offsets, columns, shape)
+        return _kernel.launch_grad_x(grad, values, *index, shape)
 
     def _launch_grad_values(grad, x, row_offsets, columns, schedule, block):
-        if _has_kernel(grad, *block):
-            return _kernel_grad.launch_grad_values(grad, x, row_offsets, columns, block)
-        return reference.block_linear_grad_values(grad, x, row_offsets, columns, schedule, block)
+        if not _has_kernel(grad, *block):
+            index = (row_offsets, columns, schedule)
+            return reference.block_linear_grad_values(grad, x, *index, block)
+        run = grad_values_by_dense if _is_narrow(*block) else _kernel_grad.launch_grad_values
+        return run(grad, x, row_offsets, columns, block)
 
     _library.register_triton(_NAME, _launch)
     _library.register_triton(f"{_NAME}_grad_x", _launch_grad_x)
