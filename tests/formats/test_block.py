@@ -101,6 +101,7 @@ def test_costs_on_a_gpu_choose_taller_panels_where_few_zeros_are_added():
         ((16, 16), 0.05, (16, 16)),
         ((16, 16), 0.35, (128, 16)),
         ((16, 16), 1.0, (128, 128)),
+        ((64, 1), 0.1, (64, 1)),
     ]:
         weight = block_sparse(512, 512, block, density)
         assert Block.best_block(weight, GPU_COSTS)[0] == found

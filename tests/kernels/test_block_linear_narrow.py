@@ -135,3 +135,21 @@ def test_large_products_on_the_gpu(gpu, dtype):
     for M, N, K in [(1, 4096, 4096), (100, 1000, 777), (2048, 1536, 1024)]:
         operands = case(M, N, K, (64, 1), dtype, gpu)
         assert_right(ops.block_linear(*operands), *operands)
+
+
+@pytest.mark.gpu
+def test_gradients_on_the_gpu(gpu):
+    x, packed, bias = case(100, 256, 300, (64, 1), torch.float32, gpu)
+    x.requires_grad_()
+    values = packed.values.detach().requires_grad_()
+    index = (packed.row_offsets, packed.columns)
+    weight = Block(values, *index, packed.shape, packed.schedule)
+    y = ops.block_linear(x, weight, bias, activation="gelu")
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    exact = [t.detach().double().requires_grad_() for t in (x, values)]
+    weight = Block(exact[1], *index, packed.shape, packed.schedule)
+    want = torch.nn.functional.gelu(exact[0] @ weight.to_dense().t() + bias.double())
+    want.backward(grad.double())
+    for got, exactly in zip((x, values), exact, strict=True):
+        torch.testing.assert_close(got.grad.double(), exactly.grad, rtol=1e-3, atol=1e-3)

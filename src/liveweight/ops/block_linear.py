@@ -32,7 +32,7 @@ def block_linear(
 
     x           [..., K] float32 or bfloat16 and, on a GPU, float16, added up in fp32 (other dtypes,
                 and devices without a kernel: plain PyTorch); on a CPU a matrix whose transpose is
-                contiguous is read where it lies, on a GPU it is copied
+                contiguous is read where it lies, on a GPU it is copied unless blocks are narrow
     weight      [N, K], values like x
     bias        [N] like x, or None
     activation  None, "relu", "gelu" or "gelu_tanh"
@@ -43,7 +43,9 @@ def block_linear(
     index values of weight are not checked here: Block.from_dense and Block.validate vouch for them.
     On a GPU blocks with sides of 16, 32, 64 or 128 have a kernel; others run in plain PyTorch, with
     one warning. Blocks of 16 rows use the least of its tensor cores: the same mask stored in blocks
-    of 32 or 64 rows can be faster there, although it stores more zeros.
+    of 32 or 64 rows can be faster there, although it stores more zeros. Narrow blocks of so many
+    rows and 1, 2, 4 or 8 columns have one too, which turns x first unless its transpose lies
+    contiguous; V:N:M masks are such blocks. Their gradients run at dense cost.
     Raises ValueError (shapes, names) and TypeError (types, dtypes).
     """
     if not isinstance(weight, Block):
