@@ -11,18 +11,21 @@ Floor: that of the same number of kept weights in blocks as tall, plus the bytes
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block_linear import find_place, find_share
 from .epilogue import activate, finish
 from .launch import arch_of, check_dtype, check_operand, precision
+from .panels import find_place, find_share
 from .tiles import Tile, pick_tile
 
 HEIGHTS = (16, 32, 64, 128)  # of the blocks that have a kernel
 WIDTHS = (1, 2, 4, 8)
+_PART_BYTES = 64 << 10  # of a panel's values that a part has at least: adding up is a launch
 _GROUP_M = 8  # tiles of tokens that go through the panels together
 _ALIGNED = 16  # tokens; rows of the turned x begin at multiples of it
 _TURN = 64  # rows and columns of a tile that is turned
@@ -160,6 +163,9 @@ def launch(
     if tile is None:
         density = kept / max(rows * width, 1)
         tile = pick_tile(f"block_linear_narrow/{bh}", (M, N, K), density, x.dtype, arch_of(x))
+        # More parts than this are not worth adding up again.
+        each = values.numel() * values.element_size() // rows
+        tile = dataclasses.replace(tile, split=min(tile.split, max(each // _PART_BYTES, 1)))
     return _multiply(turn(x), values, (row_offsets, columns, schedule), (M, N, K), bias,
                      activation, batch_last, tile)  # fmt: skip
 

@@ -20,8 +20,8 @@ _MOST = 128
 _CANDIDATES = ((32, 32), (16, 16), (8, 8), (16, 1))
 _SIDES = (128, 64, 32, 16)  # that have a kernel on a GPU
 # What a stored entry costs on a GPU beside others, where samples are many: a step of k reads 256
-# samples and bh rows for 256 bh products, and these reads are its limit. Narrow blocks need x turned
-# and their columns looked up one by one. A model, not measured.
+# samples and bh rows for 256 bh products, and these reads are its limit. Narrow blocks need x
+# turned and their columns looked up one by one. A model, not measured.
 _NARROW = (8, 4, 2, 1)
 GPU_COSTS = MappingProxyType(
     {(bh, bw): 1 / 256 + 1 / bh for bh in _SIDES for bw in _SIDES}
