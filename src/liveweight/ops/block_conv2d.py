@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -193,3 +195,48 @@ _library.register(f"{_NAME}_grad_values", reference.block_conv2d_grad_values, _f
 _op = torch.ops.liveweight.block_conv2d.default
 _op_x = torch.ops.liveweight.block_conv2d_grad_x.default
 _op_values = torch.ops.liveweight.block_conv2d_grad_values.default
+
+try:
+    from liveweight.kernels import block_conv2d as _kernel
+    from liveweight.kernels import block_conv2d_checks as _checks
+    from liveweight.kernels import block_conv2d_grad_values as _kernel_values
+    from liveweight.kernels import block_conv2d_grad_x as _kernel_x
+except ImportError:  # no Triton: the reference serves CUDA too, and lw.info() says why
+    pass
+else:
+    _warned = False
+
+    def _has_kernel(x: Tensor, block: Pair, shape: tuple[int, ...]) -> bool:
+        """Return whether the GPU's kernels serve these blocks; say once that they do not."""
+        global _warned
+        if _checks.serves(block, shape):
+            return x.dtype in _checks.DTYPES  # float64 is there for gradient checks
+        if not _warned:
+            _warned = True
+            sides = ", ".join(map(str, _checks.SIDES))
+            warnings.warn(
+                f"liveweight.{_NAME} runs its slow PyTorch reference on CUDA: blocks {block} of "
+                f"kernels {tuple(shape[2:])} have no kernel there; blocks with sides out of "
+                f"{sides} and kernels of at most {_checks.TAPS} taps a side have",
+                stacklevel=2,
+            )
+        return False
+
+    def _launch(x, values, row_offsets, columns, schedule, shape, *rest):
+        served = _has_kernel(x, (values.shape[3], values.shape[2]), shape)
+        run = _kernel.launch if served else reference.block_conv2d
+        return run(x, values, row_offsets, columns, schedule, shape, *rest)
+
+    def _launch_grad_x(grad, values, row_offsets, columns, schedule, shape, *rest):
+        served = _has_kernel(grad, (values.shape[3], values.shape[2]), shape)
+        run = _kernel_x.launch if served else reference.block_conv2d_grad_x
+        return run(grad, values, row_offsets, columns, schedule, shape, *rest)
+
+    def _launch_grad_values(grad, x, row_offsets, columns, schedule, shape, block, *rest):
+        served = _has_kernel(grad, tuple(block), shape)
+        run = _kernel_values.launch if served else reference.block_conv2d_grad_values
+        return run(grad, x, row_offsets, columns, schedule, shape, block, *rest)
+
+    _library.register_triton(_NAME, _launch)
+    _library.register_triton(f"{_NAME}_grad_x", _launch_grad_x)
+    _library.register_triton(f"{_NAME}_grad_values", _launch_grad_values)
