@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .epilogue import finish
-from .launch import DTYPES, arch_of, check_dtype, check_operand, precision, tma_reads
+from .launch import DTYPES, align_rows, arch_of, check_dtype, check_operand, precision, tma_reads
 from .panels import panel_kernel
 from .tiles import Tile, pick_tile
 
@@ -58,7 +58,8 @@ def launch(
     returns      [M, N], accumulated in float32, cast to x.dtype
 
     float32 as in launch.precision. Deterministic; runs on the current stream. Raises TypeError and
-    ValueError where an operand does not fit; what the indices hold is not looked at.
+    ValueError where an operand does not fit; what the indices hold is not looked at. Where K is no
+    multiple of 16, a padded copy of x is read.
     """
     M, N = x.shape[0], shape[0]
     rows, width = _check("block_linear", values, row_offsets, columns, schedule, shape)
@@ -122,8 +123,9 @@ def _multiply(
     activation: int, tile: Tile, *, turned: bool,
 ) -> Tensor:  # fmt: skip
     """Return act(x W^T + bias) [M, N]; index = (offsets, list, blocks, order) of the panels."""
-    (M, K), kept = x.shape, values.shape[0]
     chunk, panel = values.shape[1:] if not turned else values.shape[:0:-1]
+    x = align_rows(x, chunk)
+    (M, K), kept = x.shape, values.shape[0]
     y = x.new_empty(M, N)
     if y.numel() == 0:
         return y

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .block_linear import SIDES
 from .epilogue import finish
-from .launch import arch_of, check_dtype, check_operand, precision, tma_reads
+from .launch import align_rows, arch_of, check_dtype, check_operand, precision, tma_reads
 from .tiles import Tile, pick_tile
 
 _OP = "block_linear_grad_values"
@@ -110,10 +110,13 @@ def launch_grad_values(
     returns      [kept, bw, bh], accumulated in float32; zero in the padding
 
     Deterministic; runs on the current stream. Raises TypeError and ValueError where an operand does
-    not fit; what the indices hold is not looked at.
+    not fit; what the indices hold is not looked at. Where N or K is no multiple of 16, a padded
+    copy of grad or x is read.
     """
     rows = _check(grad, x, row_offsets, columns, block)
-    (M, N), K, (bh, bw), kept = grad.shape, x.shape[1], block, columns.numel()
+    (bh, bw), kept = block, columns.numel()
+    grad, x = align_rows(grad, bh), align_rows(x, bw)
+    (M, N), K = grad.shape, x.shape[1]
     values = grad.new_empty(kept, bw, bh)
     if kept == 0:
         return values

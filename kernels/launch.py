@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -50,6 +51,17 @@ def tma_reads(tensor: Tensor) -> bool:
     """Return whether TMA can read rows of tensor: it wants 16-byte places."""
     aligned = tensor.data_ptr() % 16 == 0
     return aligned and tensor.shape[-1] * tensor.element_size() % 16 == 0
+
+
+def align_rows(x: Tensor, side: int) -> Tensor:
+    """Return x [M, n], or a copy with rows padded with zeros to a multiple of side, 16 or more.
+
+    A row of other than a multiple of 16 numbers, or a tensor that does not begin at 16 bytes, can
+    only be read a number at a time; the copy costs less.
+    """
+    if x.shape[1] % 16:
+        return functional.pad(x, (0, -x.shape[1] % side))
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _name(dtype: torch.dtype) -> str:

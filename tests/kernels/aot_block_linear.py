@@ -37,6 +37,9 @@ def panel_cases(arch: int, name: str, dtype: torch.dtype, panel: int, tile: Tile
     yield panel_case(arch, name, dtype, panel, tile, NARROW, turned=False)
     if arch != 86:  # the code of sm_80 but for its name
         yield panel_case(arch, name, dtype, panel, tile, BROAD, turned=True)
+    if name == "bf16" and arch != 86 and tile.m == panel == 64:
+        yield panel_case(arch, name, dtype, panel, tile, BROAD, turned=False, even_k=False)
+        yield panel_case(arch, name, dtype, panel, tile, 32, turned=True, even_k=False)
     if tile.tma:
         yield panel_case(arch, name, dtype, panel, tile, BROAD, turned=False)
     if name == "fp32" and arch != 86 and tile.m > 64:
@@ -45,7 +48,7 @@ def panel_cases(arch: int, name: str, dtype: torch.dtype, panel: int, tile: Tile
 
 def panel_case(
     arch: int, name: str, dtype: torch.dtype, panel: int, tile: Tile, chunk: int, *,
-    turned: bool, way: str | None = None,
+    turned: bool, way: str | None = None, even_k: bool = True,
 ) -> Case:  # fmt: skip
     tma, parts = tile.tma and tile.k <= chunk, tile.split
     signature = dict.fromkeys(("x", "values", "bias_ptr"), f"*{name}")
@@ -59,7 +62,7 @@ def panel_case(
     last = parts == 1 and not turned  # the gradient and parts have no bias and no activation
     way = way or block_linear.precision(dtype)
     constants = {
-        "TURNED": turned, "CHUNK": chunk, "PANEL": panel, "EVEN_K": True, "HAS_BIAS": last,
+        "TURNED": turned, "CHUNK": chunk, "PANEL": panel, "EVEN_K": even_k, "HAS_BIAS": last,
         # GELU asks for the most registers, where there are many sums.
         "ACTIVATION": (2 if tile.m * panel > 128 * 64 else 1) if last else 0,
         "PRECISION": way, "PARTS": parts, "TMA": tma, "GROUP_M": 8,
@@ -70,6 +73,7 @@ def panel_case(
         constants["bias_ptr"] = None
     grad = " (grad_x)" if turned else ""
     ending = f"{', ' + way if name == 'fp32' else ''}{', parts' if parts > 1 else ''}"
+    ending += "" if even_k else ", ragged K"
     sizes = ((tile.m, tile.k), (tile.k, panel if way != "tf32" or turned else 0))
     return Case(
         op=f"block_linear/{panel}",
