@@ -196,4 +196,14 @@ SCHEMAS: dict[str, str] = {
         Tensor mask_bits,
         Tensor? bias
     ) -> Tensor""",
+    "masked_linear_grad_x": """(
+        Tensor grad,
+        Tensor weight,
+        Tensor mask_bits
+    ) -> Tensor""",
+    "masked_linear_grad_weight": """(
+        Tensor grad,
+        Tensor x,
+        Tensor mask_bits
+    ) -> Tensor""",
 }

@@ -175,6 +175,16 @@ def masked_linear() -> Iterator[tuple]:
         yield torch.randn(M, K), torch.randn(N, K), bits, torch.randn(N)
 
 
+def masked_linear_grad_x() -> Iterator[tuple]:
+    for x, weight, bits, _ in masked_linear():
+        yield torch.randn(x.shape[0], weight.shape[0]), weight, bits
+
+
+def masked_linear_grad_weight() -> Iterator[tuple]:
+    for x, weight, bits, _ in masked_linear():
+        yield torch.randn(x.shape[0], weight.shape[0]), x, bits
+
+
 CASES: dict[str, Callable[[], Iterator[tuple]]] = {
     "activity_stats_": activity_stats,
     "mass_mask": mass_mask,
@@ -191,6 +201,8 @@ CASES: dict[str, Callable[[], Iterator[tuple]]] = {
     "unstructured_conv2d_grad_x": unstructured_conv2d_grad_x,
     "unstructured_conv2d_grad_values": unstructured_conv2d_grad_values,
     "masked_linear": masked_linear,
+    "masked_linear_grad_x": masked_linear_grad_x,
+    "masked_linear_grad_weight": masked_linear_grad_weight,
 }
 
 

@@ -53,6 +53,8 @@ class Case:
     matrix_rows  rows of the tensor-core product, 0 for a kernel without one: sm_90 has its own
                  instruction from 64 rows on
     wide         16-byte loads (LDG.128, LDGSTS.128) that must be there at least
+    copies       those among them that every main loop must hold: fewer, and an operand comes some
+                 other way, which the compiler does not overlap with products
     flops, bytes work and global memory traffic of one step of the main loop, 0 where there is none
     """
 
@@ -66,6 +68,7 @@ class Case:
     multiples: tuple[str, ...] = ()
     matrix_rows: int = 0
     wide: int = 0
+    copies: int = 0
     flops: int = 0
     bytes: int = 0
 
@@ -101,6 +104,7 @@ class Facts:
     flops_per_byte: float = 0
     matrix: str | None = None  # instruction that must be there
     wide: int = 0  # 16-byte loads that must be there
+    copies: int = 0  # of those, in every main loop
     tma: bool = False  # whether operands must come through tensor descriptors
 
 
@@ -133,13 +137,13 @@ def loops(sass: str) -> list[dict[str, int]]:
     found = []
     code = [(int(m[1], 16), m[2], m[3]) for m in _INSTRUCTION.finditer(sass)]
     places = {address: i for i, (address, _, _) in enumerate(code)}
-    for i, (address, op, rest) in enumerate(code):
+    for i, (_, op, rest) in enumerate(code):
         target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
         start = places.get(int(target[1], 16), i + 1) if target else i + 1
-        # A branch back from behind the end is a wait for a tensor descriptor's load, moved there.
-        beyond = any(name == "EXIT" for _, name, _ in code[start:i])
-        if start <= i and code[start][0] <= address and not beyond:
+        if start <= i:
             found.append((start, i))
+    # Waiting code that lies behind a loop jumps back into its middle, which makes it no loop.
+    found = [(s, e) for s, e in found if not any(a < s <= b < e for a, b in found)]
     held = [
         (start, end)
         for start, end in found
@@ -205,5 +209,5 @@ def facts_of(case: Case) -> Facts:
         case.op, case.variant, f"sm_{case.arch}", usage["REG"], usage["STACK"] + usage["LOCAL"],
         shared, threads, len(ops), count(ops), loops(sass), blocks,
         case.flops / case.bytes if case.bytes else 0, case.matrix_instruction(), case.wide,
-        case.tile.tma,
+        case.copies, case.tile.tma,
     )  # fmt: skip

@@ -60,6 +60,8 @@ def test_operands_travel_in_16_bytes_or_by_tensor_descriptors(facts):
     for f in facts:
         counts = f["counts"]
         assert counts.get("LDG.128", 0) + counts.get("LDGSTS.128", 0) >= f["wide"], f
+        for loop in f["loops"]:
+            assert loop.get("LDG.128", 0) + loop.get("LDGSTS.128", 0) >= f["copies"], f
         assert counts.get("UTMALDG", 0) >= (1 if f["tma"] else 0), f
 
 

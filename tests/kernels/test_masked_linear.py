@@ -1,6 +1,8 @@
-"""Values of the Triton masked_linear: in the interpreter, or on the GPU where there is one."""
+"""Values of the Triton masked_linear and its gradients: interpreted, or on a GPU where one is."""
 
 from __future__ import annotations
+
+import importlib
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ import torch
 from liveweight import ops, reference
 
 kernel = pytest.importorskip("liveweight.kernels.masked_linear", reason="triton is not installed")
+grad_kernel = pytest.importorskip("liveweight.kernels.masked_linear_grad")
+bits = pytest.importorskip("liveweight.kernels.mask_bits")
 tiles = pytest.importorskip("liveweight.kernels.tiles")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -17,8 +21,15 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 # The interpreter's own; it says nothing about the kernels.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
-SMALL = tiles.Tile(16, 16, 32, warps=4, stages=2)
-TWO_WORDS = tiles.Tile(32, 16, 64, warps=4, stages=3)
+SMALL = tiles.Tile(16, 32, 32, warps=4, stages=2)
+TILES = {
+    "small": SMALL,
+    "two words": tiles.Tile(32, 64, 64, warps=4, stages=3),
+    "three parts": tiles.Tile(16, 32, 32, warps=4, stages=2, split=3),
+    "descriptors": tiles.Tile(16, 32, 32, warps=4, stages=2, tma=True),
+    "picked": None,
+}
+SIZES = [(1, 1, 1), (17, 33, 63), (33, 17, 64), (5, 40, 129), (16, 32, 64)]
 
 
 def case(M, N, K, dtype, device, keep=0.3, bias=True):
@@ -29,8 +40,7 @@ def case(M, N, K, dtype, device, keep=0.3, bias=True):
     return x, weight, ops.pack_mask_bits(mask), b
 
 
-def assert_matches(got, operands):
-    want = reference.masked_linear(*operands)
+def assert_close(got, want):
     assert got.dtype == want.dtype and got.shape == want.shape
     if want.numel():
         scale = want.double().abs().max().clamp(min=1)
@@ -38,64 +48,171 @@ def assert_matches(got, operands):
         assert error <= TOLERANCE[got.dtype], f"error {error:.2e}"
 
 
+def assert_matches(got, operands):
+    assert_close(got, reference.masked_linear(*operands))
+
+
+def assert_gradients_match(operands, tile=None, weight_tile=None):
+    x, weight, mask_bits, _ = operands
+    grad = torch.randn(x.shape[0], weight.shape[0], device=x.device).to(x.dtype)
+    got = kernel.launch_grad_x(grad, weight, mask_bits, tile)
+    assert_close(got, reference.masked_linear_grad_x(grad, weight, mask_bits))
+    got = grad_kernel.launch_grad_weight(grad, x, mask_bits, weight_tile or tile)
+    assert_close(got, reference.masked_linear_grad_weight(grad, x, mask_bits))
+    assert (got[~reference.unpack_mask_bits(mask_bits, x.shape[1])] == 0).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tile", [SMALL, TWO_WORDS, None], ids=["small", "two words", "picked"])
+@pytest.mark.parametrize("tile", TILES.values(), ids=list(TILES))
 def test_ragged_sizes_equal_the_reference(device, dtype, tile):
-    for M, N, K in [(1, 1, 1), (17, 33, 63), (33, 17, 64), (5, 40, 129), (16, 16, 32)]:
-        operands = case(M, N, K, dtype, device)
+    for size in SIZES:
+        operands = case(*size, dtype, device)
         assert_matches(kernel.launch(*operands, tile), operands)
+        assert_gradients_match(operands, tile)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (3, 4, 0)], ids=str)
 def test_empty_sizes(device, shape):
     operands = case(*shape, torch.float32, device)
     assert_matches(kernel.launch(*operands), operands)
+    assert_gradients_match(operands)
 
 
 @pytest.mark.parametrize("keep", [0.0, 1.0])
 def test_nothing_kept_and_all_kept(device, keep):
-    operands = case(20, 24, 70, torch.float32, device, keep=keep, bias=keep > 0)
+    operands = case(20, 40, 70, torch.float32, device, keep=keep, bias=keep > 0)
     assert_matches(kernel.launch(*operands, SMALL), operands)
+    assert_gradients_match(operands, SMALL)
 
 
-def test_masked_blocks_are_skipped_and_the_others_are_all_there(device):
-    x, weight, _, bias = case(18, 40, 5 * 32 + 7, torch.float32, device)
-    mask = torch.rand(weight.shape, device=device) < 0.5
-    mask[:16, 32:64] = False  # one block of the first panel
-    mask[16:32] = False  # a whole panel
-    mask[32:, :96] = False  # the first blocks of a ragged panel
-    x[:, 32:64] = float("nan")  # read wherever the block is not skipped
+def tiled_mask(N, K, device):
+    """Return a mask whose 32 x 32 tiles are full, mixed and empty in turn."""
+    mask = torch.rand(N, K, device=device) < 0.5
+    row = torch.arange(N, device=device)[:, None] // 32
+    kind = (row + torch.arange(K, device=device)[None, :] // 32) % 3
+    return (mask & (kind == 1)) | (kind == 2)
+
+
+@pytest.mark.parametrize(("N", "K"), [(70, 135), (96, 160)])
+def test_lists_name_every_tile_once_by_what_it_keeps(device, N, K):
+    mask = tiled_mask(N, K, device)
+    mask[-3, -2] = True  # the last tile, ragged or not, is full or mixed by its own columns alone
+    kinds = {}
+    for turned in (False, True):
+        lists, counts = bits.list_tiles(ops.pack_mask_bits(mask), K, 32, 32, turned)
+        kinds[turned] = {}
+        for panel, (full, mixed) in enumerate(counts.tolist()):
+            for kind, count in enumerate((full, mixed)):
+                steps = lists[panel, kind, :count].tolist()
+                assert steps == sorted(set(steps))
+                for step in steps:
+                    kinds[turned][(step, panel) if turned else (panel, step)] = kind
+    want = {}
+    for i in range(-(-N // 32)):
+        for j in range(-(-K // 32)):
+            tile = mask[32 * i : 32 * i + 32, 32 * j : 32 * j + 32]
+            if tile.any():
+                want[i, j] = 0 if tile.all() else 1
+    assert kinds[False] == want and kinds[True] == want and set(want.values()) == {0, 1}
+
+
+@pytest.mark.parametrize("tile", [SMALL, TILES["three parts"], TILES["descriptors"]])
+def test_full_mixed_and_empty_tiles_are_each_treated_as_what_they_are(device, tile):
+    N, K = 100, 168
+    x, weight, _, bias = case(18, N, K, torch.float32, device)
+    mask = tiled_mask(N, K, device)
+    mask[32:64, 64:] = False
     weight = weight.masked_fill(~mask, float("nan"))  # never used, whatever it holds
-    bits = ops.pack_mask_bits(mask)
-    got = kernel.launch(x, weight, bits, bias, SMALL)
+    packed = ops.pack_mask_bits(mask)
+    got = kernel.launch(x, weight, packed, bias, tile)
     assert not got.isnan().any()
-    assert_matches(got, (x.nan_to_num(0), weight, bits, bias))
+    assert_matches(got, (x, weight, packed, bias))
+    assert_gradients_match((x, weight, packed, bias), tile)
 
 
-def test_more_blocks_than_one_listing_step(device):
-    tile = tiles.Tile(16, 16, 32, warps=4, stages=2)
-    K = 32 * (kernel._LIST_STEP + 3) + 5
-    x, weight, _, bias = case(3, 5, K, torch.float32, device)
-    mask = torch.zeros(5, K, dtype=torch.bool, device=device)
-    mask[:, ::97] = True
-    bits = ops.pack_mask_bits(mask)
-    assert_matches(kernel.launch(x, weight, bits, bias, tile), (x, weight, bits, bias))
+def test_empty_tiles_are_not_read(device):
+    M, N, K = 16, 64, 96
+    x, weight, _, _ = case(M, N, K, torch.float32, device)
+    grad = torch.randn(M, N, device=device)
+    mask = torch.rand(N, K, device=device) < 0.5
+    mask[:, 32:64] = False  # columns of x and of the weight that nothing needs
+    packed = ops.pack_mask_bits(mask)
+    unread = x.clone()
+    unread[:, 32:64] = float("nan")
+    assert torch.equal(
+        kernel.launch(unread, weight, packed, None, SMALL),
+        kernel.launch(x, weight, packed, None, SMALL),
+    )
+    got = grad_kernel.launch_grad_weight(grad, unread, packed, tiles.Tile(32, 32, 16, 4, 2))
+    assert_close(got, reference.masked_linear_grad_weight(grad, x, packed))
+    mask = torch.rand(N, K, device=device) < 0.5
+    mask[32:] = False
+    packed = ops.pack_mask_bits(mask)
+    unread = grad.clone()
+    unread[:, 32:] = float("nan")
+    got = kernel.launch_grad_x(unread, weight, packed, SMALL)
+    assert_close(got, reference.masked_linear_grad_x(grad, weight, packed))
+
+
+@pytest.mark.parametrize(("N", "K"), [(40, 293), (293, 40)])
+def test_more_tiles_than_one_listing_step(device, monkeypatch, N, K):
+    monkeypatch.setattr(bits, "_WORDS_A_STEP", 128)  # 4 tiles of 32 rows and a word
+    x, weight, _, bias = case(3, N, K, torch.float32, device)
+    mask = tiled_mask(N, K, device)
+    operands = (x, weight, ops.pack_mask_bits(mask), bias)
+    assert_matches(kernel.launch(*operands, SMALL), operands)
+    assert_gradients_match(operands, SMALL)
+
+
+def test_second_derivatives_through_the_kernels(device, monkeypatch):
+    module = importlib.import_module("liveweight.ops.masked_linear")
+    if device.type == "cpu":  # on a GPU the ops are the kernels
+        monkeypatch.setattr(module, "_op", kernel.launch)
+        monkeypatch.setattr(module, "_op_x", kernel.launch_grad_x)
+        monkeypatch.setattr(module, "_op_weight", grad_kernel.launch_grad_weight)
+    x, weight, packed, bias = case(9, 40, 70, torch.float32, device)
+    mask = ops.unpack_mask_bits(packed, 70)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+
+    def second(y):
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.sin().sum() for g in first), leaves)
+
+    got = second(ops.masked_linear(x, weight, packed, bias))
+    want = second(torch.nn.functional.linear(x, weight * mask, bias))
+    for g, w in zip(got, want, strict=True):
+        assert (g - w).abs().max() <= 1e-4 * w.abs().max()  # three products one after another
 
 
 def test_many_tiles_are_each_computed_once(device):
-    # More tiles of M than one group, ragged in both directions.
-    operands = case(16 * 9 + 3, 16 * 2 + 1, 40, torch.float32, device)
+    # More tiles of M, or rows of tiles of the weight, than one group; ragged in both directions.
+    operands = case(16 * 9 + 3, 32 + 1, 40, torch.float32, device)
     assert_matches(kernel.launch(*operands, SMALL), operands)
+    operands = case(5, 16 * 9 + 3, 40, torch.float32, device)
+    assert_gradients_match(operands, SMALL)
 
 
 def test_launch_refuses_what_its_addresses_would_leave(device):
-    x, weight, bits, bias = case(4, 6, 64, torch.float32, device)
-    with pytest.raises(ValueError, match="expected contiguous"):
-        kernel.launch(x, weight.t().contiguous().t(), bits, bias)
-    with pytest.raises(ValueError, match=r"\(6, 2\)"):
-        kernel.launch(x, weight, bits[:, :1].contiguous(), bias)
+    x, weight, packed, bias = case(4, 6, 64, torch.float32, device)
+    grad = torch.randn(4, 6, device=device)
+    with pytest.raises(ValueError, match="masked_linear: expected weight contiguous"):
+        kernel.launch(x, weight.t().contiguous().t(), packed, bias)
+    with pytest.raises(ValueError, match=r"mask_bits contiguous \(6, 2\)"):
+        kernel.launch(x, weight, packed[:, :1].contiguous(), bias)
+    with pytest.raises(ValueError, match=r"bias contiguous \(6,\)"):
+        kernel.launch(x, weight, packed, bias[:5])
     with pytest.raises(TypeError, match="float16"):
-        kernel.launch(x, weight.half(), bits, bias)
+        kernel.launch(x, weight.half(), packed, bias)
+    with pytest.raises(
+        ValueError, match=r"masked_linear_grad_x: expected grad contiguous \(4, 6\)"
+    ):
+        kernel.launch_grad_x(grad[:, :5].contiguous(), weight, packed)
+    with pytest.raises(TypeError, match="expected mask_bits int32, got int64"):
+        kernel.launch_grad_x(grad, weight, packed.long())
+    with pytest.raises(ValueError, match=r"grad_weight: expected grad contiguous \(4, 6\)"):
+        grad_kernel.launch_grad_weight(grad[:3], x, packed)
+    with pytest.raises(TypeError, match="expected x bfloat16, float16, float32, got float64"):
+        grad_kernel.launch_grad_weight(grad.double(), x.double(), packed)
 
 
 @pytest.mark.gpu
@@ -104,6 +221,24 @@ def test_large_products_on_the_gpu(gpu, dtype):
     for M, N, K in [(1, 4096, 4096), (100, 1000, 777), (2048, 1536, 1024)]:
         operands = case(M, N, K, dtype, gpu)
         assert_matches(kernel.launch(*operands), operands)
+        assert_gradients_match(operands)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_tile_of_the_table_on_the_gpu(gpu, dtype):
+    N, K = 1000, 776
+    x, weight, _, bias = case(300, N, K, dtype, gpu)
+    operands = (x, weight, ops.pack_mask_bits(tiled_mask(N, K, gpu)), bias)
+    arch = kernel.arch_of(x)
+    for tile in tiles.listed_tiles("masked_linear", arch, dtype.itemsize):
+        assert_matches(kernel.launch(*operands, tile), operands)
+    of_x, of_weight = (
+        tiles.listed_tiles(f"masked_linear_grad_{side}", arch, dtype.itemsize)
+        for side in ("x", "weight")
+    )
+    for i in range(max(len(of_x), len(of_weight))):
+        assert_gradients_match(operands, of_x[i % len(of_x)], of_weight[i % len(of_weight)])
 
 
 @pytest.mark.gpu
@@ -116,3 +251,17 @@ def test_the_op_is_served_by_triton_and_runs_in_a_cuda_graph(gpu):
     graph.replay()
     assert torch.equal(captured, eager)
     assert_matches(captured, operands)
+    x, weight, packed, _ = operands
+    grad = torch.randn(256, 512, device=gpu).to(x.dtype)
+    ops_under = torch.ops.liveweight
+    args = {
+        ops_under.masked_linear_grad_x: (grad, weight, packed),
+        ops_under.masked_linear_grad_weight: (grad, x, packed),
+    }
+    for op, given in args.items():
+        torch.library.opcheck(op.default, given)
+        eager, graph = op(*given), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = op(*given)
+        graph.replay()
+        assert torch.equal(captured, eager)

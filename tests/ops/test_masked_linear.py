@@ -76,6 +76,11 @@ def test_gradients_equal_finite_differences_to_second_order():
     assert torch.autograd.gradcheck(layer, inputs)
     assert torch.autograd.gradgradcheck(layer, inputs)
 
+    def slope(x, weight):  # whose second derivatives are the third ones of the layer
+        return torch.autograd.grad(layer(x, weight, bias).pow(3).sum(), x, create_graph=True)[0]
+
+    assert torch.autograd.gradgradcheck(slope, inputs[:2])
+
 
 @pytest.mark.parametrize("needs", ["x", "weight", "bias"])
 def test_each_gradient_alone_equals_the_dense_one(needs):
@@ -97,6 +102,14 @@ def test_opcheck(dtype, bias):
     torch.library.opcheck(
         torch.ops.liveweight.masked_linear.default, (x, weight, bits, b if bias else None)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_of_the_gradients(dtype):
+    x, weight, mask, _ = case(5, 6, 40, dtype)
+    bits, grad = ops.pack_mask_bits(mask), torch.randn(5, 6).to(dtype)
+    torch.library.opcheck(torch.ops.liveweight.masked_linear_grad_x.default, (grad, weight, bits))
+    torch.library.opcheck(torch.ops.liveweight.masked_linear_grad_weight.default, (grad, x, bits))
 
 
 def test_compiles_without_a_graph_break_and_trains():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -56,18 +58,14 @@ def masked_linear(
     returns    [..., N] like x; float16 and bfloat16 are accumulated in float32
 
     Differentiable in x, weight and bias, any number of times: grad_x = G (W o M),
-    grad_W = (G^T x) o M, grad_b = sum of G. On CUDA, wholly masked blocks of W are skipped, so x
-    should be finite: its inf or NaN meet a masked weight only in the blocks that are not.
+    grad_W = (G^T x) o M, grad_b = sum of G. On CUDA, wholly masked tiles of W are skipped, forward
+    and in both gradients, and nowhere is there a masked copy of W. So x and G should be finite:
+    their inf or NaN meet a masked weight only in the tiles that are not skipped.
     Raises TypeError (types, dtypes) and ValueError (shapes, devices).
     """
     _check(x, weight, mask_bits, bias)
     flat = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
-    weight, mask_bits = weight.contiguous(), mask_bits.contiguous()
-    inputs = (flat, weight) if bias is None else (flat, weight, bias)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        y = _MaskedLinear.apply(flat, weight, mask_bits, bias)
-    else:
-        y = _op(flat, weight, mask_bits, bias)
+    y = _forward(flat, weight.contiguous(), mask_bits.contiguous(), bias)
     return y.reshape(*x.shape[:-1], y.shape[1])
 
 
@@ -93,8 +91,29 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
+# The three products are closed under differentiation: the gradients of each are the other two, so
+# that y can be differentiated any number of times by the same kernels.
+
+
+def _forward(x: Tensor, weight: Tensor, mask_bits: Tensor, bias: Tensor | None) -> Tensor:
+    return _run(_MaskedLinear, _op, x, weight, mask_bits, bias)
+
+
+def _grad_x(grad: Tensor, weight: Tensor, mask_bits: Tensor) -> Tensor:
+    return _run(_GradX, _op_x, grad.contiguous(), weight, mask_bits)
+
+
+def _grad_weight(grad: Tensor, x: Tensor, mask_bits: Tensor) -> Tensor:
+    return _run(_GradWeight, _op_weight, grad.contiguous(), x, mask_bits)
+
+
+def _run(function, op, *args) -> Tensor:
+    wanted = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in args)
+    return function.apply(*args) if wanted else op(*args)
+
+
 class _MaskedLinear(torch.autograd.Function):
-    """Gradients in plain PyTorch, so that they can be differentiated again."""
+    """y = x (W o M)^T + b: grad_x = G (W o M), grad_W = (G^T x) o M, grad_b = sum of G."""
 
     @staticmethod
     def forward(ctx, x, weight, mask_bits, bias):
@@ -104,33 +123,89 @@ class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, mask_bits = ctx.saved_tensors
-        removed = ~reference.unpack_mask_bits(mask_bits, weight.shape[1])
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight.masked_fill(removed, 0)
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad.t() @ x).masked_fill(removed, 0)
-        if ctx.needs_input_grad[3]:
-            grad_bias = grad.sum(0)
-        return grad_x, grad_weight, None, grad_bias
+        needs_x, needs_weight, _, needs_bias = ctx.needs_input_grad
+        return (
+            _grad_x(grad, weight, mask_bits) if needs_x else None,
+            _grad_weight(grad, x, mask_bits) if needs_weight else None,
+            None,
+            grad.sum(0) if needs_bias else None,
+        )
+
+
+class _GradX(torch.autograd.Function):
+    """z = g (W o M): for a gradient C of z, grad_g = C (W o M)^T and grad_W = (g^T C) o M."""
+
+    @staticmethod
+    def forward(ctx, g, weight, mask_bits):
+        ctx.save_for_backward(g, weight, mask_bits)
+        return _op_x(g, weight, mask_bits)
+
+    @staticmethod
+    def backward(ctx, grad):
+        g, weight, mask_bits = ctx.saved_tensors
+        needs_g, needs_weight, _ = ctx.needs_input_grad
+        return (
+            _forward(grad.contiguous(), weight, mask_bits, None) if needs_g else None,
+            _grad_weight(g, grad.contiguous(), mask_bits) if needs_weight else None,
+            None,
+        )
+
+
+class _GradWeight(torch.autograd.Function):
+    """V = (g^T x) o M: for a gradient C of V, grad_g = x (C o M)^T and grad_x = g (C o M)."""
+
+    @staticmethod
+    def forward(ctx, g, x, mask_bits):
+        ctx.save_for_backward(g, x, mask_bits)
+        return _op_weight(g, x, mask_bits)
+
+    @staticmethod
+    def backward(ctx, grad):
+        g, x, mask_bits = ctx.saved_tensors
+        needs_g, needs_x, _ = ctx.needs_input_grad
+        grad = grad.contiguous()
+        return (
+            _forward(x, grad, mask_bits, None) if needs_g else None,
+            _grad_x(g, grad, mask_bits) if needs_x else None,
+            None,
+        )
 
 
 def _fake(x: Tensor, weight: Tensor, mask_bits: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
+def _fake_x(grad: Tensor, weight: Tensor, mask_bits: Tensor) -> Tensor:
+    return grad.new_empty(grad.shape[0], weight.shape[1])
+
+
+def _fake_weight(grad: Tensor, x: Tensor, mask_bits: Tensor) -> Tensor:
+    return x.new_empty(grad.shape[1], x.shape[1])
+
+
 _library.register(_OP, reference.masked_linear, _fake)
+_library.register(f"{_OP}_grad_x", reference.masked_linear_grad_x, _fake_x)
+_library.register(f"{_OP}_grad_weight", reference.masked_linear_grad_weight, _fake_weight)
 _op = torch.ops.liveweight.masked_linear.default
+_op_x = torch.ops.liveweight.masked_linear_grad_x.default
+_op_weight = torch.ops.liveweight.masked_linear_grad_weight.default
 
 try:
     from liveweight.kernels import masked_linear as _kernel
+    from liveweight.kernels.masked_linear_grad import launch_grad_weight
 except ImportError:  # no Triton: the reference serves CUDA too, and lw.info() says why
     pass
 else:
 
-    def _launch(x: Tensor, weight: Tensor, mask_bits: Tensor, bias: Tensor | None) -> Tensor:
-        # float64 has no tile: it is there for gradient checks.
-        run = reference.masked_linear if x.dtype == torch.float64 else _kernel.launch
-        return run(x, weight, mask_bits, bias)
+    def _serve(name: str, launch: Callable) -> None:
+        plain = getattr(reference, name)
 
-    _library.register_triton(_OP, _launch)
+        def run(first: Tensor, *args) -> Tensor:
+            # float64 has no tile: it is there for gradient checks.
+            return (plain if first.dtype == torch.float64 else launch)(first, *args)
+
+        _library.register_triton(name, run)
+
+    _serve(_OP, _kernel.launch)
+    _serve(f"{_OP}_grad_x", _kernel.launch_grad_x)
+    _serve(f"{_OP}_grad_weight", launch_grad_weight)

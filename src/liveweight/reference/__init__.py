@@ -17,7 +17,12 @@ from liveweight.reference.kernelwise_conv2d import (
     kernelwise_conv2d_grad_values,
     kernelwise_conv2d_grad_x,
 )
-from liveweight.reference.masked_linear import masked_linear, unpack_mask_bits
+from liveweight.reference.masked_linear import (
+    masked_linear,
+    masked_linear_grad_weight,
+    masked_linear_grad_x,
+    unpack_mask_bits,
+)
 from liveweight.reference.scores import activity_stats_, mass_mask
 from liveweight.reference.unstructured_conv2d import (
     kernel_coordinates,
@@ -49,6 +54,8 @@ __all__ = [
     "kernelwise_conv2d_grad_x",
     "lay_out",
     "masked_linear",
+    "masked_linear_grad_weight",
+    "masked_linear_grad_x",
     "mass_mask",
     "scatter_kernels",
     "unpack_mask_bits",

@@ -22,3 +22,23 @@ def masked_linear(x: Tensor, weight: Tensor, mask_bits: Tensor, bias: Tensor | N
     kept = weight.masked_fill(~unpack_mask_bits(mask_bits, weight.shape[1]), 0).to(wide)
     y = x.to(wide) @ kept.t()
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+
+
+def masked_linear_grad_x(grad: Tensor, weight: Tensor, mask_bits: Tensor) -> Tensor:
+    """Return grad (W o M) [M, K] for grad [M, N]: the gradient of masked_linear to x.
+
+    Sums as in masked_linear.
+    """
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    kept = weight.masked_fill(~unpack_mask_bits(mask_bits, weight.shape[1]), 0).to(wide)
+    return (grad.to(wide) @ kept).to(grad.dtype)
+
+
+def masked_linear_grad_weight(grad: Tensor, x: Tensor, mask_bits: Tensor) -> Tensor:
+    """Return (grad^T x) o M [N, K] for grad [M, N], x [M, K]: the gradient to the weight.
+
+    Sums as in masked_linear.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    product = grad.to(wide).t() @ x.to(wide)
+    return product.masked_fill_(~unpack_mask_bits(mask_bits, x.shape[1]), 0).to(x.dtype)
