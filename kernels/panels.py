@@ -1,4 +1,14 @@
-"""The walk along a panel of kept blocks: the device code of block_linear and its gradient to x."""
+"""The walk along a panel of kept blocks: the device code of block_linear and its gradient to x.
+
+What Triton 3.6 makes of it, by benchmarks/results/gpu-machine-code.md and its listings:
+
+* 16-bit operands arrive in 16-byte asynchronous copies or by tensor descriptors, in every shape.
+* float32: the values of the product lie with their outputs side by side, which sm_90's instruction
+  does not take. In one TF32 product they are turned in 4-byte asynchronous copies, in three on
+  the way through registers. The gradient to x has them the right way round.
+* warp_specialize on sm_90: no effect with 8 warps; the compiler aborts with 4 where a loop carries
+  numbers from step to step, as this one carries its chunks. Not used.
+"""
 
 from __future__ import annotations
 
