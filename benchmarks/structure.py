@@ -35,7 +35,9 @@ from liveweight.runs.train import evaluate, make_optimizer, make_scheduler, trai
 OUT = pathlib.Path(__file__).with_name("results") / "structure"
 PANEL = 16  # rows of a V:N:M panel
 GROUPS = {0.5: 4, 0.75: 8, 0.9: 20, 0.95: 40}  # M by sparsity: 2 / M are kept
-BLOCKS = ((16, 16), (32, 32))
+SMALL = (10, 5)  # for LeNet-5's second convolution, 50 x 20: 20 blocks
+LENET_BLOCKS = tuple((f"blocks {n}x{n}", {"conv": SMALL, "linear": (n, n)}) for n in (16, 32))
+VGG_BLOCKS = tuple((f"blocks {n}x{n}", {"conv": (n, n), "linear": (n, n)}) for n in (16, 32))
 
 
 class SingleWeights(lw.prune.NNRelief):
@@ -57,7 +59,7 @@ def vgg(channels: int = 3, classes: int = 10) -> nn.Module:
     """A narrow VGG for 32x32 pictures; widths that 40 divides, so that every pattern fits."""
     layers: list[nn.Module] = []
     width = channels
-    for out, pool in ((40, True), (80, True), (160, False), (160, True)):
+    for out, pool in ((80, True), (80, True), (160, False), (160, True)):
         conv = nn.Conv2d(width, out, 3, padding=1, bias=False)
         layers += [conv, nn.BatchNorm2d(out), nn.ReLU(), *([nn.MaxPool2d(2)] if pool else [])]
         width = out
@@ -76,6 +78,7 @@ class Case:
     tune_samples: int
     ignore: tuple[str, ...]
     importances: tuple[str, ...]
+    blocks: tuple[tuple[str, dict], ...]
     seeds: tuple[int, ...]
     batch_size: int = 100
     lr: float = 1e-3
@@ -93,42 +96,38 @@ def cases(args: argparse.Namespace) -> list[Case]:
     both = ("magnitude", "nnrelief")
     if args.quick:
         digits = DataRecipe(limit=1000)
-        return [Case("LeNet-5, digits", "lenet5", digits, 3, 500, ends, both, (0,))]
+        return [Case("LeNet-5, digits", "lenet5", digits, 3, 500, ends, both, LENET_BLOCKS, (0,))]
     found = []
     if args.mnist:
         data = DataRecipe(source="idx", path=args.mnist, validation=5000)
         seeds = tuple(range(args.mnist_seeds))
-        found.append(Case("LeNet-5, MNIST", "lenet5", data, 3, 10000, ends, both, seeds))
+        found.append(
+            Case("LeNet-5, MNIST", "lenet5", data, 3, 10000, ends, both, LENET_BLOCKS, seeds)
+        )
     if args.cifar:
         data = DataRecipe(
             source="images", path=args.cifar, channels=3, limit=20000,
             mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616],
         )  # fmt: skip
         seeds = tuple(range(args.cifar_seeds))
+        ends = ("0", "18")
         found.append(
             Case(
-                "VGG-like, CIFAR-10",
-                "vgg",
-                data,
-                8,
-                10000,
-                ("0", "17"),
-                ("magnitude",),
-                seeds,
-                bf16=True,
-            )  # fmt: skip
-        )
+                "VGG-like, CIFAR-10", "vgg", data, 8, 10000, ends, ("magnitude",), VGG_BLOCKS,
+                seeds, bf16=True,
+            )
+        )  # fmt: skip
     return found
 
 
-def masks() -> Iterator[tuple[str, bool, float, dict]]:
+def masks(case: Case) -> Iterator[tuple[str, bool, float, dict]]:
     """Yield structure, clustered or not, sparsity, and the arguments of prune_."""
     for sparsity, group in GROUPS.items():
         yield "single weights", False, sparsity, {"granularity": "weight", "sparsity": sparsity}
-        for block in BLOCKS:
+        for name, block in case.blocks:
             how = {"granularity": "block", "block": block, "sparsity": sparsity}
             for clustered in (False, True):
-                yield f"blocks {block[0]}x{block[1]}", clustered, sparsity, how
+                yield name, clustered, sparsity, how
         how = {"granularity": "vnm", "pattern": (PANEL, 2, group)}
         yield f"V:N:M, V = {PANEL}", False, sparsity, how
 
@@ -212,7 +211,7 @@ def run_seed(case: Case, data: Dataset, seed: int) -> list[dict]:
     rows = [measure(case, data, dense, seed, "magnitude", everything) | {"structure": "dense"}]
     print(f"{case.name}, seed {seed}: dense {rows[0]['before']:.4f}", flush=True)
     for importance in case.importances:
-        for mask in masks():
+        for mask in masks(case):
             row = measure(case, data, dense, seed, importance, mask)
             if row is not None:
                 rows.append(row)

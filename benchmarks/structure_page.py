@@ -119,11 +119,11 @@ few epochs, cut once, and trained on for less than an epoch; longer training nar
 to read off is the order of the masks and about how far apart they are. Differences below the spread
 of the seeds (in brackets: lowest to highest) are none; where there is one seed, no spread is known.
 
-- Where the sides of a block do not divide a layer, the last blocks are smaller. LeNet-5's second
-  convolution is 50 x 20: in blocks of 16x16 three rows of blocks and one of 2 outputs, one column
-  and one of 4 inputs; in 32x32, two blocks. A layer keeps at least one, so more may stay
-  than was asked for: the cell then says how much. The second convolution of the other net is
-  80 x 40.
+- LeNet-5's second convolution is 50 x 20, too small for such blocks: it has blocks of 10x5 in both
+  rows. Where the sides of a block do not divide a layer, the last blocks are smaller. A layer keeps
+  at least one block: in blocks of 32x32 the other net's second convolution, 80 x 80, keeps 16 % of
+  its weights where 10 or 5 % were asked for. Where what is kept over all layers is off by more than
+  3 %, the cell says how much it is.
 - V:N:M, N = 2: M = 4, 8, 20 and 40 keep 50, 25, 10 and 5 %. Where M does not divide the input
   channels of a layer there is no such mask (-): LeNet-5's second convolution has 20. They choose
   at every position of a kernel anew; blocks keep or drop whole kernels.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib
 import json
@@ -16,16 +17,19 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def structure(monkeypatch):
+def module(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    module = importlib.import_module("structure")
+    return importlib.import_module("structure")
+
+
+@pytest.fixture
+def structure(module, monkeypatch):
     tiny = module.Case(
         "LeNet-5, digits", "lenet5", DataRecipe(limit=60), 1, 20, ("features.0", "classifier.3"),
-        ("magnitude",), (0,), batch_size=20,
+        ("magnitude",), module.LENET_BLOCKS[:1], (0,), batch_size=20,
     )  # fmt: skip
     monkeypatch.setattr(module, "cases", lambda args: [tiny])
     monkeypatch.setattr(module, "GROUPS", {0.5: 4, 0.75: 8})
-    monkeypatch.setattr(module, "BLOCKS", ((16, 16),))
     return module
 
 
@@ -58,12 +62,22 @@ def test_rows_page_and_plot(structure, tmp_path):
     assert (tmp_path / "README.md").read_text() == page
 
 
-def test_the_net_for_cifar_fits_every_pattern(structure):
-    net = structure.vgg()
+def test_all_cases_leave_the_first_and_the_last_layer(module):
+    given = {"quick": False, "mnist": "m", "cifar": "c", "mnist_seeds": 3, "cifar_seeds": 1}
+    cases = module.cases(argparse.Namespace(**given))
+    assert [c.name for c in cases] == ["LeNet-5, MNIST", "VGG-like, CIFAR-10"]
+    assert [c.seeds for c in cases] == [(0, 1, 2), (0,)]
+    for case in cases:
+        layers = [n for n, m in case.build().named_modules() if hasattr(m, "in_features")
+                  or hasattr(m, "in_channels")]  # fmt: skip
+        assert case.ignore == (layers[0], layers[-1]) and len(layers) > 3
+
+
+def test_the_net_for_cifar_fits_every_pattern(module):
+    net = module.vgg()
     assert net(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
     pruned = [m for m in net if hasattr(m, "weight") and m.weight.dim() > 1][1:-1]
-    assert all(m.weight.shape[1] % 40 == 0 for m in pruned)
-    assert structure.vgg()[0].weight.shape == (40, 3, 3, 3)
+    assert all(m.weight.shape[1] % 40 == 0 for m in pruned) and len(pruned) == 4
 
 
 def test_wrong_calls(structure, tmp_path):
@@ -78,7 +92,7 @@ def test_masks_are_cut_from_the_same_net(structure):
     data = structure.load_data(case.data)
     dense = structure.train(case, data, 0)
     before = {k: v.clone() for k, v in dense.state_dict().items()}
-    for mask in structure.masks():
+    for mask in structure.masks(case):
         structure.measure(
             dataclasses.replace(case, tune_samples=10), data, dense, 0, "nnrelief", mask
         )

@@ -356,18 +356,63 @@ def test_an_untraceable_model_is_reported(nets):
     assert all(r.before == pytest.approx(r.after) for r in report.layers)
 
 
-def test_a_dry_run_and_a_failure_leave_every_bit(nets, monkeypatch):
-    model = randomize_(nets.ConvNet()).train()
+@pytest.mark.parametrize("name", ["conv", "sequence", "stream"])
+def test_a_dry_run_and_a_failure_leave_every_bit(nets, monkeypatch, name):
+    model, data = small_models(nets)[name]
+    randomize_(model).train()
+    model(data[0]).square().mean().backward()
+    before, gradients = nets.state_of(model), [p.grad.clone() for p in model.parameters()]
+
+    def unchanged():
+        pairs = zip(model.parameters(), gradients, strict=True)
+        return nets.same_state(before, nets.state_of(model)) and all(
+            torch.equal(p.grad, g) for p, g in pairs
+        )
+
+    options = {"importance": "nnrelief", "block": (2, 2), "sparsity": 0.6}
+    planned = cluster_(model, data, dry_run=True, **options)
+    assert planned.orders and "(dry run)" in str(planned) and unchanged()
+
+    def disagree(*answers):
+        assert not unchanged()
+        raise RuntimeError("disagrees")
+
+    monkeypatch.setattr(prune.cluster, "_check_same", disagree)
+    with pytest.raises(RuntimeError, match="disagrees"):
+        cluster_(model, data, **options)
+    assert unchanged()
+
+
+def test_a_disagreement_is_found_and_named(nets, monkeypatch):
+    model = randomize_(nets.ConvNet())
     before = nets.state_of(model)
-    options = {"importance": "nnrelief", "block": (2, 2), "sparsity": 0.5}
-    planned = cluster_(model, IMAGES, dry_run=True, **options)
-    assert planned.orders and "(dry run)" in str(planned)
+    monkeypatch.setattr(prune.permute, "columns", lambda order, fan: torch.arange(len(order) * fan))
+    with pytest.raises(RuntimeError, match="disagrees on the first batch: values differ by up to"):
+        cluster_(model, IMAGES, block=(2, 2), sparsity=0.5)
     assert nets.same_state(before, nets.state_of(model))
 
-    monkeypatch.setattr(prune.permute, "columns", lambda order, fan: torch.arange(len(order) * fan))
-    with pytest.raises(RuntimeError, match="disagrees on the first batch"):
-        cluster_(model, IMAGES, **options)
-    assert nets.same_state(before, nets.state_of(model))
+
+def test_an_operation_by_position_ends_the_walk(nets):
+    class Ramp(nn.Module):
+        channelwise = True
+
+        def forward(self, x):
+            return x * torch.arange(1.0, 1.0 + x.shape[1]).view(-1, 1, 1)
+
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), Ramp(), nn.Conv2d(16, 12, 1), nn.Flatten())
+    report = cluster_(model, IMAGES, importance="magnitude", block=(4, 1), sparsity=0.5)
+    assert not report.orders
+    assert report.layers[0].units == "as they were: mul is not known to keep channels apart"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(nets, dtype):
+    model = randomize_(nets.Mlp(10, 24, 16, 4)).to(dtype)
+    x = torch.randn(6, 10, dtype=dtype)
+    expected = model(x)
+    assert cluster_(model, [x], importance="magnitude", block=(4, 4), sparsity=0.75).orders
+    limit = 1e-10 if dtype == torch.float64 else 5e-2
+    torch.testing.assert_close(model(x), expected, rtol=limit, atol=limit)
 
 
 def test_one_shot_iterators_serve_scoring_and_the_check(nets):

@@ -99,8 +99,12 @@ def cluster_(
             )
             for n, (score, alive) in scores.items()
         }
-        report = _reorder(model, spaces, found, sparsity, feed)
-    report.importance, report.dry_run = importance.name, dry_run
+        orders = _find_orders(spaces, found, sparsity)
+        if orders and not dry_run:
+            _apply_(model, [(spaces[i], order) for i, order in orders.items()], feed)
+    rows = [_row(name, layer, spaces, orders, sparsity) for name, layer in found.items()]
+    moved = {n: order.cpu() for i, order in orders.items() for n in spaces[i].writers}
+    report = ClusterReport(importance.name, sparsity, rows, moved, dry_run=dry_run)
     report.notes += [f"'{n}' left alone: {why}" for n, why in left.items()] + notes
     return report
 
@@ -135,13 +139,9 @@ def _score(
     return found
 
 
-def _reorder(
-    model: nn.Module,
-    spaces: list[Space],
-    layers: dict[str, Layer],
-    sparsity: float,
-    feed: Batches | None,
-) -> ClusterReport:
+def _find_orders(
+    spaces: list[Space], layers: dict[str, Layer], sparsity: float
+) -> dict[int, Tensor]:
     for index, space in enumerate(spaces):
         for name in space.writers:
             if name in layers:
@@ -149,18 +149,25 @@ def _reorder(
         for reader in space.readers:
             if reader.name in layers:
                 layers[reader.name].in_space, layers[reader.name].fan = index, reader.fan
-    movable = [i for i, space in enumerate(spaces) if not space.fixed]
-    units = {i: spaces[i].channels for i in movable}
-    orders = arrange_jointly(layers, units, sparsity)
+    movable = {i: space.channels for i, space in enumerate(spaces) if not space.fixed}
+    return arrange_jointly(layers, movable, sparsity)
+
+
+def _apply_(model: nn.Module, orders: list[tuple[Space, Tensor]], feed: Batches | None) -> None:
+    """Reorder, and compare answers; where they differ, or anything fails, order back."""
     batch = None if feed is None else next(iter(feed))
     before = None if batch is None else _answer(model, batch)
-    for index, order in orders.items():
-        permute.permute_(model, spaces[index], order)
-    if batch is not None and orders:
-        _check_same(before, _answer(model, batch))
-    rows = [_row(name, layer, spaces, orders, sparsity) for name, layer in layers.items()]
-    moved = {n: o.cpu() for i, o in orders.items() for n in spaces[i].writers}
-    return ClusterReport("", sparsity, rows, moved)
+    done: list[tuple[Space, Tensor]] = []
+    try:
+        for space, order in orders:
+            permute.permute_(model, space, order)
+            done.append((space, order))
+        if batch is not None:
+            _check_same(before, _answer(model, batch))
+    except BaseException:
+        for space, order in done:
+            permute.permute_(model, space, order.argsort())
+        raise
 
 
 def _row(
