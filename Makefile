@@ -44,7 +44,7 @@ bench-cpu: $(VENV)/.dev build
 gpu: GPU_PYTHON ?= python3
 gpu:
 	$(GPU_PYTHON) -m pip install --no-index --no-build-isolation --no-deps -e .
-	$(GPU_PYTHON) benchmarks/gpu.py --out benchmarks/results/gpu
+	PYTHONPATH=benchmarks $(GPU_PYTHON) -m gpu --out benchmarks/results/gpu
 
 # torch goes in first, so that the package is built against it instead of a second copy.
 $(VENV)/.torch:

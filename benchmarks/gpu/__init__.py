@@ -1,0 +1,1 @@
+"""The GPU suite: `make gpu` on a machine with a GPU."""
