@@ -256,6 +256,7 @@ def test_gpu_takes_only_kernels_of_its_own(monkeypatch):
     served = {
         "unstructured_conv2d": {"cpu": "c++", "cuda": "reference"},
         "block_linear": {"cpu": "c++", "cuda": "reference"},
+        "block_conv2d": {"cpu": "reference", "cuda": "reference"},
         "kernelwise_conv2d": {"cpu": "c++", "cuda": "cuda c++"},
         "unstructured_linear": {"cpu": "c++", "cuda": "reference"},
     }
@@ -336,3 +337,13 @@ def test_real_measurement_runs(lenet):
     assert torch.allclose(model(x), dense(x), atol=1e-5)
     assert all(row.reason for row in report.layers)
     assert all(row.predicted_us["dense"] > 0 for row in report.layers)
+
+
+def test_blocks_of_convolutions_are_left_to_gpus():
+    from liveweight.compress import candidates
+
+    names, cpu = candidates.check_formats("auto"), torch.device("cpu")
+    tried = candidates.formats_for(nn.Conv2d(1, 1, 1), names, cpu)
+    assert sorted(tried) == ["kernelwise", "unstructured"]
+    assert "block" in candidates.formats_for(nn.Linear(1, 1), names, cpu)
+    assert candidates.formats_for(nn.Conv2d(1, 1, 1), ("block",), cpu) == ["block"]

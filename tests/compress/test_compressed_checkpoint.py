@@ -13,6 +13,7 @@ from torch import nn
 
 from liveweight.compress import compress_, load, save, shrink_
 from liveweight.compress.container import read
+from liveweight.compress.swap import make_sparse
 
 
 @pytest.fixture
@@ -220,3 +221,23 @@ def test_manifest_says_what_was_done(path, fast):
     assert entry["from"] == {"in_channels": 1, "out_channels": 8, "bias": True}
     assert entry["parts"] == ["features.1", "features.2"] and entry["pool"] == 2
     assert manifest["modules"]["features.1"] == {"type": "Identity", "was": "ReLU"}
+
+
+def test_blocks_of_a_convolution_come_back(path):
+    def net() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(32, 40, 3, padding=1), nn.ReLU(), nn.Conv2d(40, 8, 1))
+
+    model = net().eval()
+    with torch.no_grad():
+        model[0].weight[:16, :16] = 0.0
+        model[0].weight[16:32, 16:] = 0.0
+        model[0].weight[0, 20, 1] = 0.0  # a zero inside a kept block
+    options = {"activation": "relu", "block": (16, 8), "parts": ("0", "1")}
+    model[0], model[1] = make_sparse(model[0], "block", **options), nn.Identity()
+    x = torch.randn(2, 32, 6, 6)
+    expected = model(x)
+    save(model, path)
+    fresh = load(path, net()).eval()
+    assert fresh[0].format == "block" and fresh[0].pack().block == (16, 8)
+    assert same_bits(model, fresh)
+    assert torch.equal(fresh(x), expected)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from liveweight.formats import BlockKernels
+from liveweight.formats.block_kernels import GPU_COSTS
 from liveweight.formats.schedule import make_schedule
 
 
@@ -100,6 +101,18 @@ def test_best_block_of_scattered_kernels_and_groups():
         BlockKernels.best_block(full, groups=8)
     with pytest.raises(ValueError, match="at least one candidate"):
         BlockKernels.best_block(full, [])
+
+
+def test_best_block_counts_costs():
+    weight = block_sparse((256, 256, 1, 1), (16, 16), 0.4)
+    costs = {(16, 16): 1.0, (64, 16): 0.5}
+    assert BlockKernels.best_block(weight, costs)[0] == (16, 16)  # twice the entries at half cost
+    costs[64, 16] = 0.2
+    assert BlockKernels.best_block(weight, costs)[0] == (64, 16)
+    # Panels of one height: what reads the fewest entries.
+    one_height = {block: cost for block, cost in GPU_COSTS.items() if block[0] == 16}
+    assert BlockKernels.best_block(weight, one_height) == ((16, 16), 1.0)
+    assert GPU_COSTS[64, 16] < GPU_COSTS[16, 16]
 
 
 def test_messages_of_from_dense():

@@ -26,8 +26,14 @@ def linear(format: str) -> nn.Linear:
 
 
 def conv(format: str) -> nn.Conv2d:
-    layer = nn.Conv2d(8, 12, 3, padding=1)
+    channels, filters = (32, 48) if format == "block" else (8, 12)
+    layer = nn.Conv2d(channels, filters, 3, padding=1)
     with torch.no_grad():
+        if format == "block":
+            keep = torch.tensor([[True, False], [False, True], [False, False]])
+            keep = keep.repeat_interleave(16, 0).repeat_interleave(16, 1)
+            layer.weight *= keep[:, :, None, None]
+            return layer
         shape = (12, 8, 1, 1) if format == "kernelwise" else (12, 8, 3, 3)
         layer.weight *= torch.rand(shape) < 0.3
     return layer
@@ -39,7 +45,7 @@ LAYERS = [(linear, n) for n in SparseLinear.formats] + [(conv, n) for n in Spars
 def both(make, name: str, **options):
     layer = make(name)
     kind = SparseLinear if make is linear else SparseConv2d
-    x = torch.randn(5, 64) if make is linear else torch.randn(5, 8, 9, 9)
+    x = torch.randn(5, 64) if make is linear else torch.randn(5, layer.in_channels, 9, 9)
     return layer, kind.from_dense(layer, name, **options), x
 
 
@@ -72,7 +78,10 @@ def test_compiles(make, name):
     torch.testing.assert_close(compiled(x), module(x))
 
 
-@pytest.mark.parametrize("make,name", [(m, n) for m, n in LAYERS if n != "nm"])
+# Blocks of a convolution are for GPUs: on a CPU "auto" stores their kernels.
+@pytest.mark.parametrize(
+    "make,name", [(m, n) for m, n in LAYERS if n != "nm" and (m, n) != (conv, "block")]
+)
 def test_auto_sees_where_zeros_are(make, name):
     layer = make(name)
     kind = SparseLinear if make is linear else SparseConv2d
@@ -111,3 +120,41 @@ def test_batch_last_changes_strides_only(name):
 def test_nm_refuses_what_is_not():
     with pytest.raises(ValueError, match="at most 2 of 4 entries kept"):
         SparseLinear.from_dense(nn.Linear(8, 2), "nm")
+
+
+def test_blocks_of_convolutions():
+    layer = conv("block")
+    module = SparseConv2d.from_dense(layer, block=(16, 32))
+    assert module.format == "block" and module.pack().block == (16, 32)
+    assert SparseConv2d.from_dense(layer).format == "kernelwise"
+    assert SparseConv2d.from_dense(layer, "block").pack().block == (16, 16)
+    kernels = layer.weight.flatten(2).ne(0).any(2)
+    kernels[-1, -1] = True
+    module = SparseConv2d.from_dense(layer, "block", mask=kernels)
+    assert module.density == 3 / 6 and "backend=reference" in repr(module)
+
+
+def test_blocks_take_in_relu_and_pool_and_one_sample():
+    layer = conv("block").eval()
+    module = SparseConv2d.from_dense(layer, "block", activation="relu", pool=2).eval()
+    x = torch.randn(3, 32, 9, 8)
+    want = nn.functional.max_pool2d(layer(x).relu(), 2)
+    for layout in (None, "contiguous", "channels_last", "batch_last"):
+        module.layout = layout
+        torch.testing.assert_close(module(x), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(module(x[0]), want[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"outputs of \(1, 8\) are too small for pool=2"):
+        module(x[:, :, :1])
+
+
+def test_blocks_must_not_cross_groups():
+    layer = nn.Conv2d(32, 48, 3, groups=2)
+    with pytest.raises(ValueError, match="blocks of 16 filters cross groups"):
+        SparseConv2d.from_dense(layer, block=(16, 16))
+    with pytest.raises(ValueError, match="48 filters / 2 groups"):
+        SparseConv2d.from_dense(layer, "block")
+    layer = nn.Conv2d(32, 64, 3, groups=2)
+    module = SparseConv2d.from_dense(layer, "block")
+    assert module.pack().block == (32, 16)
+    x = torch.randn(2, 32, 5, 5)
+    torch.testing.assert_close(module(x), layer(x), rtol=1e-4, atol=1e-5)

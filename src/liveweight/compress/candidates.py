@@ -95,7 +95,9 @@ def formats_for(layer: nn.Module, formats: tuple[str, ...], device: torch.device
             return []
         raise ValueError(f"formats names none for a {type(layer).__name__}")
     if device.type != "cuda":
-        return fitting
+        # Blocks of a convolution are for GPUs: tried on a CPU only where nothing else is named.
+        others = [name for name in fitting if ops[name] != "block_conv2d"]
+        return others or fitting
     table = backends()
     served = [n for n in fitting if table[ops[n]]["cuda"] != "reference"]
     if not served:

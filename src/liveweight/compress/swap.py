@@ -55,7 +55,7 @@ def make_sparse(
     parts  names of the modules it stands for
     keep   bool, entries or whole kernels that stay in the pattern although they are zero
     layout  of a convolution's output; None: like its input
-    block   (rows, columns) for the format "block"; None: what stores the fewest zeros
+    block   (rows, columns) for the format "block"; None: what its from_dense takes
 
     Raises what its from_dense raises.
     """
@@ -64,7 +64,7 @@ def make_sparse(
         module = sparse_nn.SparseLinear.from_dense(dense, name, **options)
     else:
         module = sparse_nn.SparseConv2d.from_dense(
-            dense, name, activation=activation, pool=pool, mask=keep
+            dense, name, activation=activation, pool=pool, mask=keep, block=block
         )
         module.layout = layout
     module.parts = tuple(parts)

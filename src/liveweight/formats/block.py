@@ -110,9 +110,7 @@ class Block(pattern.PackedWeight):
             stored[bh, bw] = int(cut_blocks(mask, bh, bw).flatten(2).any(2).sum()) * bh * bw
         if not stored:
             raise ValueError(f"{_OWNER}: expected at least one candidate")
-        work = {block: entries * costs[block] for block, entries in stored.items()}
-        near = [block for block in stored if work[block] <= _NEAR * min(work.values())]
-        best = min(near, key=stored.__getitem__)
+        best = cheapest(stored, costs)
         return best, int(mask.sum()) / stored[best] if stored[best] else 1.0
 
     @property
@@ -164,6 +162,15 @@ def check_block(block: tuple[int, int], owner: str = _OWNER) -> tuple[int, int]:
     if not all(1 <= s <= _MOST for s in sides):
         raise ValueError(f"{owner}: sides of a block must be in [1, {_MOST}], got {block!r}")
     return sides
+
+
+def cheapest(
+    stored: Mapping[tuple[int, int], int], costs: Mapping[tuple[int, int], float]
+) -> tuple[int, int]:
+    """Return the block of the least stored entries times cost; of near ones the fewest entries."""
+    work = {block: entries * costs[block] for block, entries in stored.items()}
+    near = [block for block in stored if work[block] <= _NEAR * min(work.values())]
+    return min(near, key=stored.__getitem__)
 
 
 def grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
