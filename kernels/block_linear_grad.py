@@ -6,6 +6,8 @@ by the columns of G that are the row's. A program sums a tile of that matrix ove
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ from .launch import align_rows, arch_of, check_dtype, check_operand, precision, 
 from .tiles import Tile, pick_tile
 
 _OP = "block_linear_grad_values"
+_PART_STEPS = 8  # that a part has at least: adding up is a launch and another pass
 _SEARCH = 256  # rows of blocks looked at together
 
 
@@ -125,6 +128,8 @@ def launch_grad_values(
     if tile is None:
         density, op = kept / max(rows * triton.cdiv(K, bw), 1), f"{_OP}/{bh}"
         tile = pick_tile(op, (N, K, M), density, grad.dtype, arch_of(grad))
+        most = max(M // (tile.k * _PART_STEPS), 1)
+        tile = dataclasses.replace(tile, split=min(tile.split, most))
     # Samples are cut into no more parts than they have steps; a power of two, as every number is a
     # compilation.
     parts = 1 << (min(tile.split, triton.cdiv(M, tile.k)).bit_length() - 1)

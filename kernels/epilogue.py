@@ -35,7 +35,7 @@ def store_tile(y, y_ptr, bias_ptr, m, n, M, N, HAS_BIAS: tl.constexpr, ACTIVATIO
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
 def finish_kernel(
     work_ptr, bias_ptr, out_ptr, count, N,
     PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ENTRIES: tl.constexpr,

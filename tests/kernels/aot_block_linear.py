@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from machine_code import Case
 
-from liveweight.kernels import block_linear, block_linear_grad
+from liveweight.kernels import block_linear, block_linear_grad, epilogue
 from liveweight.kernels.tiles import Tile, listed_tiles, section_of
 
 # float16 compiles to the code of bfloat16 with other type names.
@@ -17,6 +17,8 @@ NARROW, BROAD = 16, 128  # a step takes several blocks of the one side, a part o
 
 
 def cases(arch: int) -> Iterator[Case]:
+    if arch in (80, 90):
+        yield finish_case(arch)
     for side in block_linear.SIDES:
         if section_of(f"block_linear/{side}", arch) != arch:
             continue
@@ -25,6 +27,21 @@ def cases(arch: int) -> Iterator[Case]:
                 yield from panel_cases(arch, name, dtype, side, tile)
             for tile in distinct(f"block_linear_grad_values/{side}", arch, dtype):
                 yield from sampled_cases(arch, name, dtype, side, tile)
+
+
+def finish_case(arch: int) -> Case:
+    signature = {"work_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
+    return Case(
+        op="sum of parts",
+        variant="bf16 from 4 parts, GELU",
+        function=epilogue.finish_kernel,
+        arch=arch,
+        signature=signature | {"count": "i32", "N": "i32"},
+        constants={"PARTS": 4, "HAS_BIAS": True, "ACTIVATION": 2, "ENTRIES": 1024},
+        tile=Tile(1, 1024, 1, warps=4, stages=3),
+        multiples=("count", "N"),
+        wide=4,
+    )
 
 
 def distinct(op: str, arch: int, dtype: torch.dtype) -> list[Tile]:
