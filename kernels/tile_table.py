@@ -5,12 +5,12 @@ near this product and this kept share, take tile = (m, n, k, warps, stages[, spl
 Every op lists 80, 86 and 90, and any newer architecture that wants rows of its own.
 
 Rows are chosen from the compiler's reports (benchmarks/results/gpu-machine-code.md) until
-benchmarks/tune.py has timed them; MEASURED says which architectures those are, and on what.
+benchmarks/tune.py has timed them; MEASURED[op][arch] says where it has, and on what.
 """
 
 from __future__ import annotations
 
-MEASURED: dict[int, str] = {}
+MEASURED: dict[str, dict[int, str]] = {}
 
 TABLE: dict[str, dict[int, list[tuple]]] = {
     "block_linear/16": {
