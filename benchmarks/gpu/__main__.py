@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import pathlib
 import subprocess
@@ -37,8 +38,11 @@ GROUPS = {
     "small calls": other_cases.small_cases,
 }
 EAGER = {"small calls"}
-# Files whose tests run natively where there is a GPU, marked or not.
+# Files whose tests run natively where there is a GPU, marked or not, but for those that need none.
 NATIVE = "tests/kernels/test_*.py"
+NEEDLESS = {"test_aot.py", "test_jit.py", "test_tiles.py"}
+# Tests mostly wait for the compiler.
+TEST_PROCESSES = 6
 
 
 def gpu_tests() -> list[str]:
@@ -48,13 +52,15 @@ def gpu_tests() -> list[str]:
         for path in sorted((ROOT / "tests").rglob("test_*.py"))
         if "pytest.mark.gpu" in path.read_text()
     ]
-    native = [path for path in sorted(ROOT.glob(NATIVE)) if path.name != "test_aot.py"]
+    native = [path for path in sorted(ROOT.glob(NATIVE)) if path.name not in NEEDLESS]
     return list(dict.fromkeys(map(str, [*marked, *native])))
 
 
 def run_tests(out: pathlib.Path, limit_s: float) -> dict[str, object]:
     """Run the tests that a GPU changes; write their output to tests.txt."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(TEST_PROCESSES)]
     command += ["-k", "gpu or kernels", *gpu_tests()]
     start = time.monotonic()
     try:
