@@ -15,8 +15,6 @@ reads x once for all of them and can be faster, although it multiplies zeros.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import triton
 from torch import Tensor
@@ -30,7 +28,6 @@ from .tiles import Tile, pick_tile
 __all__ = ["DTYPES", "SIDES", "launch", "launch_grad_x", "serves"]
 
 SIDES = (16, 32, 64, 128)  # of the blocks that have a kernel
-_PART_BYTES = 64 << 10  # of a panel's values that a part has at least: adding up is a launch
 _GROUP_M = 8  # tiles of x's rows that go through the panels together
 
 
@@ -107,15 +104,10 @@ def _check(
 
 
 def _pick(x: Tensor, values: Tensor, panel: int, N: int, blocks: int) -> Tile:
-    """Return the tile for a call, cut into no more parts than are worth adding up again.
-
-    The turned walk is the same walk, and takes the same tiles.
-    """
-    M, K = x.shape
+    """Return the tile for a call; the turned walk is the same walk, and takes the same tiles."""
     density = values.shape[0] / max(blocks, 1)
-    tile = pick_tile(f"block_linear/{panel}", (M, N, K), density, x.dtype, arch_of(x))
-    each = values.numel() * values.element_size() // max(triton.cdiv(N, panel), 1)
-    return dataclasses.replace(tile, split=min(tile.split, max(each // _PART_BYTES, 1)))
+    shape = (x.shape[0], N, x.shape[1])
+    return pick_tile(f"block_linear/{panel}", shape, density, x.dtype, arch_of(x))
 
 
 def _multiply(

@@ -202,19 +202,16 @@ def test_parts_are_added_in_one_order(device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_panel_is_cut_where_its_parts_are_long_and_samples_few(monkeypatch):
-    monkeypatch.setattr(kernel, "arch_of", lambda x: 90)
+def test_panels_are_cut_where_they_are_few_and_long():
+    def split(M, N, K, density, side=64):
+        args = (M, N, K), density, torch.bfloat16, 90
+        return tiles.pick_tile(f"block_linear/{side}", *args).split
 
-    def split(M, N, kept, block=(64, 64), dtype=torch.bfloat16):
-        values = torch.empty(kept, *block, dtype=dtype, device="meta")
-        x = torch.empty(M, 4096, dtype=dtype, device="meta")
-        return kernel._pick(x, values, block[1], N, N // block[1] * 4096 // block[0]).split
-
-    assert split(8, 4096, 64 * 64) == 4  # 512 KiB a panel
-    assert split(8, 4096, 64 * 16) == 2
-    assert split(8, 4096, 64) == split(8, 4096, 0) == 1
-    assert split(8, 16384, 256 * 32) == 1  # panels enough for every multiprocessor
-    assert split(4096, 4096, 64 * 64) == 1
+    assert split(8, 4096, 4096, 0.5) == 4
+    assert split(8, 4096, 16384, 0.1) == 2
+    assert split(8, 4096, 4096, 0.1) == 1  # 52 KiB a panel: adding up again is a launch of its own
+    assert split(8, 16384, 4096, 0.5) == 1  # panels enough for every multiprocessor
+    assert split(4096, 4096, 4096, 0.5) == 1
 
 
 def test_pick_tile_serves_every_panel():
