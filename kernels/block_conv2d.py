@@ -22,10 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import block_linear
-from .block_conv2d_checks import Conv, guard, parts_of, vector
+from .block_conv2d_checks import Conv, guard, vector
 from .block_conv2d_steps import find_reach, find_step, load_seen
 from .epilogue import activate, finish
-from .launch import arch_of, precision
+from .launch import arch_of, parts_of, precision
 from .tiles import Tile, pick_tile
 
 GROUP_M = 32  # tiles of outputs that go through all panels together, while x is in the L2 cache

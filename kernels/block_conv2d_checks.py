@@ -10,7 +10,7 @@ from torch import Tensor
 from .block_linear import SIDES
 from .launch import DTYPES, check_dtype, check_operand
 
-__all__ = ["DTYPES", "SIDES", "TAPS", "Conv", "guard", "parts_of", "serves", "vector"]
+__all__ = ["DTYPES", "SIDES", "TAPS", "Conv", "guard", "serves", "vector"]
 
 TAPS = 32  # along one side of a kernel: they are the bits of a word
 _LIMIT = 2**31  # of entries that are counted in int32
@@ -92,14 +92,6 @@ class Conv:
 def serves(block: Pair, shape: tuple[int, ...]) -> bool:
     """Return whether the kernels are made for blocks (bo, bc) of weights of this shape."""
     return block[0] in SIDES and block[1] in SIDES and max(shape[2:]) <= TAPS
-
-
-def parts_of(most: int, steps: int) -> int:
-    """Return into how many parts a sum of so many steps is cut: a power of two, most at most.
-
-    Every number is a compilation of its own.
-    """
-    return 1 << (max(min(most, steps), 1).bit_length() - 1)
 
 
 def vector(x: Tensor, channels: int) -> int:

@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import block_linear_grad
-from .block_conv2d_checks import Conv, guard, parts_of, vector
+from .block_conv2d_checks import Conv, guard, vector
 from .epilogue import finish
-from .launch import arch_of, check_operand, precision
+from .launch import arch_of, check_operand, parts_of, precision
 from .tiles import Tile, pick_tile
 
 _OP = "block_conv2d_grad_values"

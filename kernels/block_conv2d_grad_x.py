@@ -17,10 +17,10 @@ from torch import Tensor
 
 from . import block_linear
 from .block_conv2d import GROUP_M, find_place
-from .block_conv2d_checks import Conv, guard, parts_of, vector
+from .block_conv2d_checks import Conv, guard, vector
 from .block_conv2d_steps import find_reach, find_step, load_seen
 from .epilogue import finish
-from .launch import arch_of, check_operand, precision
+from .launch import arch_of, check_operand, parts_of, precision
 from .tiles import Tile, pick_tile
 
 _OP = "block_conv2d_grad_x"

@@ -53,6 +53,14 @@ def tma_reads(tensor: Tensor) -> bool:
     return aligned and tensor.shape[-1] * tensor.element_size() % 16 == 0
 
 
+def parts_of(most: int, steps: int) -> int:
+    """Return into how many parts a sum of so many steps is cut: a power of two, most at most.
+
+    Every number is a compilation of its own.
+    """
+    return 1 << (max(min(most, steps), 1).bit_length() - 1)
+
+
 def align_rows(x: Tensor, side: int) -> Tensor:
     """Return x [M, n], or a copy with rows padded with zeros to a multiple of side, 16 or more.
 

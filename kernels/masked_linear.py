@@ -2,10 +2,19 @@
 
 A first kernel sorts the tiles of W (mask_bits.py): empty ones are neither read nor multiplied, full
 ones are multiplied as they lie, by the loop of a dense product, and only mixed ones are unpacked.
-At density 1 what is left of the mask is that first kernel, which reads one bit a weight.
 
 Floor on an H200: the longer of 2 M N K / 790 TFLOP/s for bfloat16 (its measured dense rate), over
 the tiles that keep anything, and the bytes of x, W, the mask and y / 4.3 TB/s.
+
+At density 1 what is left of the mask is the first kernel, which reads one bit a weight, 2 MB for
+4096 x 4096. What then separates this from a vendor's product is the traffic between the L2 cache and the
+multiprocessors: a tile of 256 x 128 takes a byte for 85 FLOP, 9.3 TB/s at the dense rate, where
+kernels that share tiles between neighbouring multiprocessors, which Triton does not, take half.
+In a mixed tile unpacking costs 3 to 5 instructions a weight (gpu-machine-code.md: the second loop
+of a row against the first), so the taller the tile, the less of it shows.
+
+Rows of x and W of other than a multiple of 16 elements are right but slow: they are read an element
+or a few at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +26,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .epilogue import finish, store_tile
-from .launch import arch_of, check_dtype, check_operand, precision, tma_reads
+from .launch import arch_of, check_dtype, check_operand, parts_of, precision, tma_reads
 from .mask_bits import INTERPRETED, list_tiles, load_bits, select_kept
 from .tiles import Tile, pick_tile
 
@@ -146,7 +155,7 @@ def launch(
     float32 as in launch.precision. Deterministic; runs on the current stream, in two kernels, three
     where tile.split cuts the sum. Raises ValueError (shapes, strides, devices), TypeError (dtypes).
     """
-    _check("masked_linear", x, weight, mask_bits, weight.shape[1])
+    _check("masked_linear", "x", x, weight, mask_bits, weight.shape[-1])
     if bias is not None:
         check_operand("masked_linear", "bias", bias, (weight.shape[0],), x, x.dtype)
     return _multiply("masked_linear", x, weight, mask_bits, bias, tile)
@@ -159,16 +168,16 @@ def launch_grad_x(
 
     Otherwise as launch.
     """
-    _check("masked_linear_grad_x", grad, weight, mask_bits, weight.shape[0])
+    _check("masked_linear_grad_x", "grad", grad, weight, mask_bits, weight.shape[0])
     return _multiply("masked_linear_grad_x", grad, weight, mask_bits, None, tile)
 
 
-def _check(op: str, x: Tensor, weight: Tensor, mask_bits: Tensor, width: int) -> None:
+def _check(op: str, name: str, x: Tensor, weight: Tensor, mask_bits: Tensor, width: int) -> None:
     """Raise unless every address that the kernels form lies inside its tensor."""
     check_dtype(op, "weight", weight)
     N, K = weight.shape
     check_operand(op, "weight", weight, (N, K), x, x.dtype)
-    check_operand(op, "x" if width == K else "grad", x, (x.shape[0], width), weight, weight.dtype)
+    check_operand(op, name, x, (x.shape[0], width), weight, weight.dtype)
     check_operand(op, "mask_bits", mask_bits, (N, triton.cdiv(K, 32)), x, torch.int32)
 
 
@@ -186,7 +195,7 @@ def _multiply(
     tile = tile or pick_tile(op, (M, P, R), 1.0, x.dtype, arch_of(x))
     sides = (tile.k, tile.n) if turned else (tile.n, tile.k)
     lists, counts = list_tiles(mask_bits, K, *sides, turned)
-    parts = min(tile.split, lists.shape[2] - 1)
+    parts = parts_of(tile.split, lists.shape[2] - 1)
     out = y if parts == 1 else x.new_empty(parts, M, P, dtype=torch.float32)
     tma = tile.tma and tma_reads(x) and tma_reads(weight)
     operands = (x, weight)

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .epilogue import finish
-from .launch import arch_of, check_dtype, check_operand, precision, tma_reads
+from .launch import arch_of, check_dtype, check_operand, parts_of, precision, tma_reads
 from .mask_bits import load_bits, select_kept
 from .masked_linear import load_tile
 from .tiles import Tile, pick_tile
@@ -86,7 +86,7 @@ def launch_grad_weight(
     if M == 0:
         return out.zero_()
     tile = tile or pick_tile(_OP, (N, K, M), 1.0, x.dtype, arch_of(x))
-    parts = min(tile.split, triton.cdiv(M, tile.k))
+    parts = parts_of(tile.split, triton.cdiv(M, tile.k))
     sums = out if parts == 1 else x.new_empty(parts, N, K, dtype=torch.float32)
     tma = tile.tma and tma_reads(grad) and tma_reads(x)
     operands = (grad, x)

@@ -25,7 +25,7 @@ SMALL = tiles.Tile(16, 32, 32, warps=4, stages=2)
 TILES = {
     "small": SMALL,
     "two words": tiles.Tile(32, 64, 64, warps=4, stages=3),
-    "three parts": tiles.Tile(16, 32, 32, warps=4, stages=2, split=3),
+    "four parts": tiles.Tile(16, 32, 32, warps=4, stages=2, split=4),
     "descriptors": tiles.Tile(16, 32, 32, warps=4, stages=2, tma=True),
     "picked": None,
 }
@@ -116,7 +116,7 @@ def test_lists_name_every_tile_once_by_what_it_keeps(device, N, K):
     assert kinds[False] == want and kinds[True] == want and set(want.values()) == {0, 1}
 
 
-@pytest.mark.parametrize("tile", [SMALL, TILES["three parts"], TILES["descriptors"]])
+@pytest.mark.parametrize("tile", [SMALL, TILES["four parts"], TILES["descriptors"]])
 def test_full_mixed_and_empty_tiles_are_each_treated_as_what_they_are(device, tile):
     N, K = 100, 168
     x, weight, _, bias = case(18, N, K, torch.float32, device)
