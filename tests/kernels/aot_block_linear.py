@@ -52,7 +52,7 @@ def distinct(op: str, arch: int, dtype: torch.dtype) -> list[Tile]:
 
 def panel_cases(arch: int, name: str, dtype: torch.dtype, panel: int, tile: Tile) -> Iterator[Case]:
     yield panel_case(arch, name, dtype, panel, tile, NARROW, turned=False)
-    # The code for sm_86 is that of sm_80 but for its name; parts differ from wholes in the epilogue.
+    # sm_86 has the code of sm_80 but for its name; parts differ from wholes in the epilogue.
     if arch != 86 and tile.split == 1:
         yield panel_case(arch, name, dtype, panel, tile, BROAD, turned=True)
     if name == "bf16" and arch != 86 and tile.m == panel == 64:
