@@ -7,11 +7,11 @@ Floor on an H200: the longer of 2 M N K / 790 TFLOP/s for bfloat16 (its measured
 the tiles that keep anything, and the bytes of x, W, the mask and y / 4.3 TB/s.
 
 At density 1 what is left of the mask is the first kernel, which reads one bit a weight, 2 MB for
-4096 x 4096. What then separates this from a vendor's product is the traffic between the L2 cache and the
-multiprocessors: a tile of 256 x 128 takes a byte for 85 FLOP, 9.3 TB/s at the dense rate, where
-kernels that share tiles between neighbouring multiprocessors, which Triton does not, take half.
-In a mixed tile unpacking costs 3 to 5 instructions a weight (gpu-machine-code.md: the second loop
-of a row against the first), so the taller the tile, the less of it shows.
+4096 x 4096. What then separates this from a vendor's product is the traffic between the L2 cache
+and the multiprocessors: a tile of 256 x 128 takes a byte for 85 FLOP, 9.3 TB/s at the dense rate,
+where kernels that share tiles between neighbouring multiprocessors, which Triton does not, take
+half. In a mixed tile unpacking costs 3 to 5 instructions a weight (gpu-machine-code.md: the second
+loop of a row against the first), so the taller the tile, the less of it shows.
 
 Rows of x and W of other than a multiple of 16 elements are right but slow: they are read an element
 or a few at a time.
