@@ -6,9 +6,9 @@ of channels see it, tap after tap: [outputs, kept * taps * bc], never in memory,
 values, which are one contiguous matrix [kept * taps * bc, bo]. Chunk after chunk, so that the taps
 of a chunk find its pixels in a cache.
 
-A step of BLOCK_K rows of that matrix is a part of one tap of one block, or several of them; where
-pixels are a multiple of 16 bytes every copy is 16 bytes wide. Taps that fall into the padding are
-read as zeros and multiplied.
+A step of BLOCK_K rows of that matrix is a part of one tap of one block, or several of them. Every
+copy is 16 bytes wide; pixels of another width are padded in a copy first. Taps that fall into the
+padding are read as zeros and multiplied.
 
 Floor on an H200: the longer of 2 * outputs * kept * taps * bc * bo / 790 TFLOP/s for bfloat16 (its
 measured dense rate) and the bytes of x, values and y / 4.3 TB/s.
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import block_linear
-from .block_conv2d_checks import Conv, guard, vector
+from .block_conv2d_checks import Conv, copy_width, guard, pixels_of
 from .block_conv2d_steps import find_reach, find_step, load_seen
 from .epilogue import activate, finish
 from .launch import arch_of, parts_of, precision
@@ -140,10 +140,9 @@ def launch(
     y = x.new_empty(batch, height, width, N)
     if y.numel() == 0:
         return y.permute(0, 3, 1, 2)
-    picture = x.permute(0, 2, 3, 1).contiguous()
     if conv.is_product() and tile is None:
         args = (values[:, 0], row_offsets, columns, schedule, (N, C), bias, activation)
-        y = block_linear.launch(picture.view(M, C), *args)
+        y = block_linear.launch(x.permute(0, 2, 3, 1).contiguous().view(M, C), *args)
         return y.view(batch, height, width, N).permute(0, 3, 1, 2)
     if tile is None:
         sizes, density = (M, N, shape[1] * taps), conv.density(kept, (bo, bc))
@@ -152,13 +151,15 @@ def launch(
     parts = parts_of(tile.split, kept * taps * bc // (panels * tile.k))
     out = y if parts == 1 else x.new_empty(parts, M, N, dtype=torch.float32)
     ends = (None, 0) if parts > 1 else (bias, activation)
+    pixels = pixels_of(x, groups)
+    channels = pixels.shape[3] // groups
     with torch.cuda.device_of(x):
         block_conv2d_kernel[(triton.cdiv(M, tile.m) * panels, parts)](
-            picture, values, row_offsets, columns, schedule, ends[0], out,
-            M, H, W, C, height, width, N, panels, panels // groups, shape[1],
+            pixels, values, row_offsets, columns, schedule, ends[0], out,
+            M, H, W, pixels.shape[3], height, width, N, panels, panels // groups, channels,
             *stride, *padding, *dilation,
-            KH=shape[2], KW=shape[3], CHUNK=bc, PANEL=bo, EVEN_C=shape[1] % bc == 0,
-            VECTOR=vector(x, shape[1]), HAS_BIAS=ends[0] is not None, ACTIVATION=ends[1],
+            KH=shape[2], KW=shape[3], CHUNK=bc, PANEL=bo, EVEN_C=channels % bc == 0,
+            VECTOR=copy_width(x.dtype), HAS_BIAS=ends[0] is not None, ACTIVATION=ends[1],
             PRECISION=precision(x.dtype), PARTS=parts, BLOCK_M=tile.m, BLOCK_K=tile.k,
             GROUP_M=GROUP_M, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

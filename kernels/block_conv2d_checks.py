@@ -6,11 +6,21 @@ import dataclasses
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .block_linear import SIDES
 from .launch import DTYPES, check_dtype, check_operand
 
-__all__ = ["DTYPES", "SIDES", "TAPS", "Conv", "guard", "serves", "vector"]
+__all__ = [
+    "DTYPES",
+    "SIDES",
+    "TAPS",
+    "Conv",
+    "copy_width",
+    "guard",
+    "pixels_of",
+    "serves",
+]
 
 TAPS = 32  # along one side of a kernel: they are the bits of a word
 _LIMIT = 2**31  # of entries that are counted in int32
@@ -79,8 +89,8 @@ class Conv:
             raise ValueError(f"{op}: the convolution gives {self.size} outputs, got {self}")
         places = (H + 2 * self.padding[0]) * (W + 2 * self.padding[1])
         largest = max(
-            batch * places, places * C, batch * (height + kh) * (width + kw),
-            height * width * filters, (filters + 128) * (channels + 128) * kh * kw,
+            batch * places, places * (C + 8 * self.groups), batch * (height + kh) * (width + kw),
+            height * width * (filters + 8), (filters + 128) * (channels + 128) * kh * kw,
         )  # fmt: skip
         if largest >= _LIMIT:
             raise ValueError(
@@ -94,10 +104,23 @@ def serves(block: Pair, shape: tuple[int, ...]) -> bool:
     return block[0] in SIDES and block[1] in SIDES and max(shape[2:]) <= TAPS
 
 
-def vector(x: Tensor, channels: int) -> int:
-    """Return how many channels a 16-byte copy may take: 1 where pixels are not aligned to it."""
-    wide = 16 // x.element_size()
-    return wide if channels % wide == 0 else 1
+def copy_width(dtype: torch.dtype) -> int:
+    """Return how many entries a 16-byte copy takes."""
+    return 16 // dtype.itemsize
+
+
+def pixels_of(x: Tensor, groups: int = 1) -> Tensor:
+    """Return x [B, C, H, W] as contiguous pixels [B, H, W, C'] that 16-byte copies can read.
+
+    The channels of a group are padded with zeros where need be: C' = C where they are a multiple of
+    16 bytes, and then x itself where it is channels last. Otherwise it is a copy.
+    """
+    batch, channels, height, width = x.shape
+    pixels, short = x.permute(0, 2, 3, 1), -(channels // groups) % copy_width(x.dtype)
+    if short:
+        pixels = pixels.reshape(batch, height, width, groups, channels // groups)
+        pixels = functional.pad(pixels, (0, short)).flatten(3)
+    return pixels.contiguous()
 
 
 def guard(

@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import block_linear_grad
-from .block_conv2d_checks import Conv, guard, vector
+from .block_conv2d_checks import Conv, copy_width, guard, pixels_of
 from .epilogue import finish
-from .launch import arch_of, check_operand, parts_of, precision
+from .launch import arch_of, parts_of, precision
 from .tiles import Tile, pick_tile
 
 _OP = "block_conv2d_grad_values"
@@ -50,7 +50,7 @@ def block_conv2d_grad_values_kernel(
     magic_pixels, shift_pixels, magic_w, shift_w,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     KH: tl.constexpr, KW: tl.constexpr, CHUNK: tl.constexpr, PANEL: tl.constexpr,
-    EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, VECTOR: tl.constexpr, GRAD_VECTOR: tl.constexpr,
+    EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, VECTOR: tl.constexpr,
     PRECISION: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +92,7 @@ def block_conv2d_grad_values_kernel(
         g_mask = (m < M)[:, None]
         if not EVEN_N:
             g_mask = g_mask & (n < N)[None, :]
-        g_row = tl.multiple_of(m.to(tl.int64) * N, GRAD_VECTOR)
+        g_row = tl.multiple_of(m.to(tl.int64) * N, VECTOR)
         g = tl.load(grad_ptr + g_row[:, None] + n[None, :], mask=g_mask, other=0.0)
         acc = tl.dot(seen, g, acc, input_precision=PRECISION)
 
@@ -119,13 +119,17 @@ def launch(
     out = x.new_empty(kept, conv.taps, bc, bo)
     guard(_OP, conv, x, out, row_offsets, columns, schedule)
     (batch, C, H, W), (height, width), N = x.shape, conv.size, shape[0]
-    picture = grad.permute(0, 2, 3, 1).contiguous()
-    check_operand(_OP, "grad", picture, (batch, height, width, N), x, x.dtype)
+    if grad.shape != (batch, N, height, width):
+        raise ValueError(f"{_OP}: got grad {tuple(grad.shape)} for outputs of {conv}")
+    if grad.dtype != x.dtype or grad.device != x.device:
+        raise TypeError(
+            f"{_OP}: expected grad {x.dtype} on {x.device}, got {grad.dtype} on {grad.device}"
+        )
     M = batch * height * width
     if out.numel() == 0 or M == 0:
         return out.zero_()
     if conv.is_product() and tile is None:
-        args = (picture.view(M, N), x.permute(0, 2, 3, 1).contiguous().view(M, C))
+        args = [t.permute(0, 2, 3, 1).contiguous().view(M, t.shape[1]) for t in (grad, x)]
         out = block_linear_grad.launch_grad_values(*args, row_offsets, columns, block)
         return out[:, None]
     rows, chunks = conv.grid(block)
@@ -138,13 +142,15 @@ def launch(
     parts = parts_of(min(tile.split, fewest), triton.cdiv(M, 4 * tile.k))
     work = out if parts == 1 else x.new_empty(parts, *out.shape, dtype=torch.float32)
     blocks, rows_of = schedule.split([rows + 2 * chunks + 1, kept, kept])[1:]
+    pixels, grad = pixels_of(x, groups), pixels_of(grad)
+    C, N, wide = pixels.shape[3], grad.shape[3], copy_width(x.dtype)
     with torch.cuda.device_of(x):
         block_conv2d_grad_values_kernel[(programs, parts)](
-            x.permute(0, 2, 3, 1).contiguous(), picture, columns, blocks, rows_of, work,
-            kept, M, H, W, C, height, width, N, rows // groups, shape[1],
+            pixels, grad, columns, blocks, rows_of, work,
+            kept, M, H, W, C, height, width, N, rows // groups, C // groups,
             *find_magic(height * width), *find_magic(width), *stride, *padding, *dilation,
-            KH=shape[2], KW=shape[3], CHUNK=bc, PANEL=bo, EVEN_C=shape[1] % bc == 0,
-            EVEN_N=N % bo == 0, VECTOR=vector(x, shape[1]), GRAD_VECTOR=vector(x, N),
+            KH=shape[2], KW=shape[3], CHUNK=bc, PANEL=bo, EVEN_C=C // groups % bc == 0,
+            EVEN_N=N % bo == 0, VECTOR=wide,
             PRECISION=precision(x.dtype), PARTS=parts, BLOCK_M=block_m, BLOCK_K=tile.k,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from . import block_linear
 from .block_conv2d import GROUP_M, find_place
-from .block_conv2d_checks import Conv, guard, vector
+from .block_conv2d_checks import Conv, copy_width, guard, pixels_of
 from .block_conv2d_steps import find_reach, find_step, load_seen
 from .epilogue import finish
-from .launch import arch_of, check_operand, parts_of, precision
+from .launch import arch_of, parts_of, precision
 from .tiles import Tile, pick_tile
 
 _OP = "block_conv2d_grad_x"
@@ -168,14 +168,15 @@ def launch(
     guard(_OP, conv, grad, values, row_offsets, columns, schedule)
     (batch, C, H, W), (height, width), (kept, taps, bc, bo) = x_shape, conv.size, values.shape
     N = shape[0]
-    picture = grad.permute(0, 2, 3, 1).contiguous()
-    check_operand(_OP, "grad", picture, (batch, height, width, N), values, values.dtype)
+    if grad.shape != (batch, N, height, width):
+        raise ValueError(f"{_OP}: got grad {tuple(grad.shape)} for outputs of {conv}")
     out = grad.new_empty(batch, H, W, C)
     if out.numel() == 0:
         return out.permute(0, 3, 1, 2)
     if conv.is_product() and tile is None:
         index = (row_offsets, columns, schedule)
-        args = (picture.view(-1, N), values[:, 0], *index, (N, C))
+        pixels = grad.permute(0, 2, 3, 1).contiguous().view(-1, N)
+        args = (pixels, values[:, 0], *index, (N, C))
         return block_linear.launch_grad_x(*args).view(batch, H, W, C).permute(0, 3, 1, 2)
     rows, chunks = conv.grid((bo, bc))
     if tile is None:
@@ -184,20 +185,23 @@ def launch(
     _, order, offsets, blocks, rows_of = schedule.split([rows, chunks, chunks + 1, kept, kept])
     classes = stride[0] * stride[1]
     every = [stride[d] // math.gcd(stride[d], dilation[d]) for d in (0, 1)]
-    pixels = batch * triton.cdiv(H, stride[0]) * triton.cdiv(W, stride[1])
+    places = batch * triton.cdiv(H, stride[0]) * triton.cdiv(W, stride[1])
     steps = kept * taps * bo // (chunks * groups * classes * tile.k)
     parts = parts_of(tile.split, steps)
     work = out if parts == 1 else grad.new_empty(parts, *out.shape, dtype=torch.float32)
+    pixels = pixels_of(grad)
+    width_n = pixels.shape[3]
     with torch.cuda.device_of(grad):
         block_conv2d_grad_x_kernel[
-            (triton.cdiv(pixels, tile.m) * chunks * groups, parts, classes)
+            (triton.cdiv(places, tile.m) * chunks * groups, parts, classes)
         ](
-            picture, values, offsets, blocks, rows_of, order, work,
-            batch, H, W, C, height, width, N, chunks, rows // groups, shape[1],
+            pixels, values, offsets, blocks, rows_of, order, work,
+            batch, H, W, C, height, width, width_n, chunks, rows // groups, shape[1],
             *stride, *padding, *dilation, *every,
             KH=shape[2], KW=shape[3], CHUNK=bo, PANEL=bc, GROUPS=groups, STRIDED=classes > 1,
-            EVEN_N=N % bo == 0, VECTOR=vector(grad, N), PRECISION=precision(grad.dtype),
-            PARTS=parts, BLOCK_M=tile.m, BLOCK_K=tile.k, GROUP_M=GROUP_M,
+            EVEN_N=width_n % bo == 0, VECTOR=copy_width(grad.dtype),
+            PRECISION=precision(grad.dtype), PARTS=parts, BLOCK_M=tile.m, BLOCK_K=tile.k,
+            GROUP_M=GROUP_M,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     if parts > 1:

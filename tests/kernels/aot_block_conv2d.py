@@ -40,23 +40,25 @@ def cases(arch: int) -> Iterator[Case]:
                         # Narrow chunks: several taps a step.
                         yield _case(op, side, arch, name, dtype, tile, 16)
     if arch in (80, 90):
-        tile = listed_tiles("block_conv2d/64", arch, 2)[-1]
-        yield _case("block_conv2d_grad_x", 64, arch, "bf16", torch.bfloat16, tile, 64, stride=2)
+        for op, row in ROWS.items():
+            tile = listed_tiles(f"{row}/64", arch, 2)[-1]
+            yield _case(op, 64, arch, "bf16", torch.bfloat16, tile, 64, plain=False)
 
 
 def _case(
     op: str, panel: int, arch: int, name: str, dtype: torch.dtype, tile: Tile, chunk: int,
-    stride: int = 1,
+    plain: bool = True,
 ) -> Case:  # fmt: skip
+    """plain: stride 1, one group, sides that blocks divide; otherwise none of the three."""
     function, vector = FUNCTIONS[op], 16 // dtype.itemsize
     constants = {
-        "KH": 3, "KW": 3, "CHUNK": chunk, "PANEL": panel, "GROUPS": 1, "STRIDED": stride > 1,
-        "EVEN_C": True, "EVEN_N": True, "VECTOR": vector, "GRAD_VECTOR": vector,
+        "KH": 3, "KW": 3, "CHUNK": chunk, "PANEL": panel, "GROUPS": 1 if plain else 2,
+        "STRIDED": not plain, "EVEN_C": plain, "EVEN_N": plain, "VECTOR": vector,
         "HAS_BIAS": tile.split == 1, "ACTIVATION": int(tile.split == 1),
         "PRECISION": precision(dtype), "PARTS": tile.split, "BLOCK_M": tile.m, "BLOCK_K": tile.k,
         "GROUP_M": block_conv2d.GROUP_M,
     }  # fmt: skip
-    constants |= {n: 1 for n in ONES if stride == 1 or n.startswith(("padding", "dilation"))}
+    constants |= {n: 1 for n in ONES if plain or n.startswith(("padding", "dilation"))}
     constants = {n: v for n, v in constants.items() if n in function.arg_names}
     result = "y_ptr" if op == "block_conv2d" else "out_ptr"
     signature = {}
@@ -70,7 +72,7 @@ def _case(
     size = f"{tile.m}x{panel}x{tile.k}{f', {tile.split} parts' if tile.split > 1 else ''}"
     return Case(
         op=f"{op}/{panel}",
-        variant=f"{name}, {size}, chunks of {chunk}{f', stride {stride}' if stride > 1 else ''}",
+        variant=f"{name}, {size}, chunks of {chunk}{'' if plain else ', strides, groups, ragged'}",
         function=function,
         arch=arch,
         signature=signature,

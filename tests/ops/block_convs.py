@@ -88,7 +88,7 @@ CASES = {
     "uneven kernel": Case(kernel=(1, 4), padding=(0, 2)),
     "padding beyond the kernel": Case(padding=(4, 5), size=(3, 4)),
     "groups": Case(64, 32, groups=2),
-    "groups of ragged channels": Case(40, 32, groups=2, density=1.0),
+    "groups of ragged channels": Case(42, 32, groups=2, density=1.0),
     "ragged channels": Case(37, 45, block=(16, 16), density=0.7),
     "fewer than a block": Case(3, 5, block=(16, 16), density=1.0),
     "wide blocks": Case(64, 64, block=(32, 64), density=0.8),
