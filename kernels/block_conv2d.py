@@ -4,14 +4,16 @@ Implicit GEMM over channels_last: a program makes a tile of outputs (sample, row
 together) of one panel of bo filters. What it multiplies is the picture as the panel's kept chunks
 of channels see it, tap after tap: [outputs, kept * taps * bc], never in memory, times the panel's
 values, which are one contiguous matrix [kept * taps * bc, bo]. Chunk after chunk, so that the taps
-of a chunk find its pixels in a cache.
+of a chunk find its pixels in the L2 cache.
 
 A step of BLOCK_K rows of that matrix is a part of one tap of one block, or several of them. Every
 copy is 16 bytes wide; pixels of another width are padded in a copy first. Taps that fall into the
 padding are read as zeros and multiplied.
 
-Floor on an H200: the longer of 2 * outputs * kept * taps * bc * bo / 790 TFLOP/s for bfloat16 (its
-measured dense rate) and the bytes of x, values and y / 4.3 TB/s.
+Floor on a GPU of P FLOP/s, with L FLOP/s' worth of bytes from its L2 cache: every step of k reads
+m pixels and bo filters for m * bo products, whatever the sparsity and once for every tap, so panels
+of up to 64 filters are bound by the reads of x and not by the tensor cores. Blocks of 128 filters
+read x half as often as blocks of 64.
 """
 
 from __future__ import annotations

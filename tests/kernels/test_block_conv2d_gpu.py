@@ -40,6 +40,7 @@ LARGE = {
 
 
 def assert_close(got, want, dtype):
+    assert got.shape == want.shape and want.numel()
     error = (got.double() - want).abs().max() / want.abs().max().clamp(min=1)
     assert got.dtype == dtype and error <= TOLERANCE[dtype], f"error {error:.2e}"
 
@@ -160,3 +161,23 @@ def test_other_blocks_and_float64_run_in_plain_pytorch(gpu, monkeypatch):
         x, weight, packed, bias = Case().make(torch.float64, gpu)
         y = ops.block_conv2d(x, packed, bias, padding=1)
     torch.testing.assert_close(y, expected(x, weight, bias, Case()))
+
+
+def test_a_batch_of_more_than_2_to_the_31_entries(gpu):
+    case = Case(64, 16, size=(128, 128), stride=(2, 2), batch=1, block=(16, 64), density=1.0)
+    one, _, packed, bias = case.make(torch.bfloat16, gpu)
+    batch = 2**31 // one.numel() + 2
+    x = one.new_zeros(batch, 128, 128, 64).permute(0, 3, 1, 2)
+    x[-1:] = one
+    y = ops.block_conv2d(x, packed, bias, **case.options)
+    want = ops.block_conv2d(one, packed, bias, **case.options)
+    assert_close(y[-1:], want.double(), torch.bfloat16)
+    grads = torch.zeros_like(y)
+    grads[-1:] = grad = torch.randn_like(want)
+    parts, settings = index(packed), case.settings
+    got = OPS.block_conv2d_grad_values(grads, x, *parts, packed.block, *settings)
+    want = OPS.block_conv2d_grad_values(grad, one, *parts, packed.block, *settings)
+    assert_close(got, want.double(), torch.bfloat16)
+    got = OPS.block_conv2d_grad_x(grads, packed.values, *parts, x.shape, *settings)
+    want = OPS.block_conv2d_grad_x(grad, packed.values, *parts, one.shape, *settings)
+    assert_close(got[-1:], want.double(), torch.bfloat16)

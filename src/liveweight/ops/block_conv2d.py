@@ -42,9 +42,11 @@ def block_conv2d(
     returns     [B, Cout, H', W'] or [Cout, H', W'] like x, in channels_last
 
     Differentiable once, in x, the values and the bias. Zeros inside kept blocks are multiplied. A
-    GPU kernel serves it; on a CPU plain PyTorch does, and kernelwise_conv2d is the faster one. The
-    index values of weight are not checked here: BlockKernels.from_dense and BlockKernels.validate
-    vouch for them. Raises ValueError (shapes, sizes, names) and TypeError (types, dtypes).
+    GPU kernel serves it where both sides of blocks are 16, 32, 64 or 128; every row of blocks reads
+    x anew, so those of 64 and 128 filters are the fast ones. On a CPU plain PyTorch serves it, and
+    kernelwise_conv2d is the faster op. The index values of weight are not checked here:
+    BlockKernels.from_dense and BlockKernels.validate vouch for them.
+    Raises ValueError (shapes, sizes, names) and TypeError (types, dtypes).
     """
     if not isinstance(weight, BlockKernels):
         got = type(weight).__name__
