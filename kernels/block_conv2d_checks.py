@@ -112,15 +112,16 @@ def copy_width(dtype: torch.dtype) -> int:
 def pixels_of(x: Tensor, groups: int = 1) -> Tensor:
     """Return x [B, C, H, W] as contiguous pixels [B, H, W, C'] that 16-byte copies can read.
 
-    The channels of a group are padded with zeros where need be: C' = C where they are a multiple of
-    16 bytes, and then x itself where it is channels last. Otherwise it is a copy.
+    The channels of a group are padded with zeros to a multiple of 16 bytes. Without a need for that
+    it is x itself where x is channels last and begins at a multiple of 16 bytes, else a copy.
     """
     batch, channels, height, width = x.shape
     pixels, short = x.permute(0, 2, 3, 1), -(channels // groups) % copy_width(x.dtype)
     if short:
         pixels = pixels.reshape(batch, height, width, groups, channels // groups)
         pixels = functional.pad(pixels, (0, short)).flatten(3)
-    return pixels.contiguous()
+    pixels = pixels.contiguous()
+    return pixels.clone() if pixels.data_ptr() % 16 else pixels
 
 
 def guard(
