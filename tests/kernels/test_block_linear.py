@@ -6,9 +6,11 @@ import dataclasses
 import importlib
 import warnings
 
+import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
 
 from liveweight import ops, reference
 from liveweight.formats import Block
@@ -102,6 +104,23 @@ def assert_all_close(operands, activation=0, tile=None):
 def test_ragged_sizes(device, dtype, tile):
     for M, N, K, block in [(1, 1, 1, (16, 16)), (17, 48, 80, (32, 64)), (33, 50, 75, (32, 16))]:
         assert_all_close(case(M, N, K, block, dtype, device), tile=TILES[tile])
+
+
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_any_size_block_and_tile(device, data):
+    draw, sides = data.draw, st.sampled_from([16, 32])
+    M, N, K = (draw(st.integers(0, most)) for most in (40, 70, 90))
+    torch.manual_seed(draw(st.integers(0, 2**31 - 1)))
+    sizes = draw(st.sampled_from([16, 32])), draw(st.sampled_from([16, 32, 64]))
+    split, tma = draw(st.sampled_from([1, 2, 4])), draw(st.booleans())
+    tile = Tile(sizes[0], 0, sizes[1], warps=4, stages=2, split=split, tma=tma)
+    block, density = (draw(sides), draw(sides)), draw(st.sampled_from([0.1, 0.5, 1.0]))
+    dtype, bias = draw(st.sampled_from(DTYPES)), draw(st.booleans())
+    operands = case(M, N, K, block, dtype, device, density, bias)
+    assert_all_close(operands, draw(st.integers(0, 3)), tile)
 
 
 @pytest.mark.parametrize("block", [(16, 128), (128, 16), (64, 64)])

@@ -340,6 +340,8 @@ def bad_calls():
     yield (x, packed, bias.double()), {}, TypeError, "expected bias float32, got float64"
     yield (x, packed, 1.0), {}, TypeError, "bias must be a tensor or None, got float"
     yield (x, packed, bias), {"activation": "elu"}, ValueError, "activation must be"
+    yield (x.to("meta"), packed, bias), {}, ValueError, "x is on meta, expected cpu like values"
+    yield (x, packed, bias.to("meta")), {}, ValueError, "bias is on meta, expected cpu like values"
     yield (x[0], packed, bias), {"batch_last": True}, ValueError, "batch_last needs"
 
 

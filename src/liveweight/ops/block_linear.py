@@ -46,7 +46,7 @@ def block_linear(
     of 32 or 64 rows can be faster there, although it stores more zeros. Narrow blocks of so many
     rows and 1, 2, 4 or 8 columns have one too, which turns x first unless its transpose lies
     contiguous; V:N:M masks are such blocks. Their gradients run at dense cost.
-    Raises ValueError (shapes, names) and TypeError (types, dtypes).
+    Raises ValueError (shapes, names, devices) and TypeError (types, dtypes).
     """
     if not isinstance(weight, Block):
         raise TypeError(f"{_NAME}: weight must be formats.Block, got {type(weight).__name__}")
@@ -90,6 +90,8 @@ def _check(
         raise ValueError(f"{_NAME}: expected x [..., {shape[1]}], got {tuple(x.shape)}")
     if batch_last and x.dim() != 2:
         raise ValueError(f"{_NAME}: batch_last needs x [M, {shape[1]}], got {tuple(x.shape)}")
+    if x.device != values.device:
+        raise ValueError(f"{_NAME}: x is on {x.device}, expected {values.device} like values")
     if x.dtype is not values.dtype:
         if not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
             raise TypeError(f"{_NAME}: expected x {_dtype(values)} like values, got {_dtype(x)}")
@@ -106,6 +108,8 @@ def _check_bias(bias: Tensor, size: int, values: Tensor) -> None:
         raise ValueError(f"{_NAME}: expected bias [{size}], got {tuple(bias.shape)}")
     if bias.dtype is not values.dtype:
         raise TypeError(f"{_NAME}: expected bias {_dtype(values)}, got {_dtype(bias)}")
+    if bias.device != values.device:
+        raise ValueError(f"{_NAME}: bias is on {bias.device}, expected {values.device} like values")
 
 
 def _dtype(tensor: Tensor) -> str:
