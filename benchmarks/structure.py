@@ -5,7 +5,7 @@
     python benchmarks/structure.py --page-only                      page and plot from the results
 
 MNIST as its four IDX files; CIFAR-10 as train/CLASS/*.jpg and test/CLASS/*.jpg. One net is trained
-per seed; every mask is cut from a copy of it, evaluated, trained on for a short while and evaluated
+per seed; every mask is cut from a copy of it, evaluated, fine-tuned for a short while and evaluated
 again, on the test set and without choosing anything by it. Results are written after every seed.
 """
 
@@ -69,7 +69,7 @@ def vgg(channels: int = 3, classes: int = 10) -> nn.Module:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A net, its data and how long it learns. tune_samples: of one epoch of training on."""
+    """A net, its data and how long it learns. tune_samples: of one epoch of fine-tuning."""
 
     name: str
     net: str
@@ -134,7 +134,8 @@ def masks(case: Case) -> Iterator[tuple[str, bool, float, dict]]:
 
 @contextlib.contextmanager
 def learning(case: Case) -> Iterator[None]:
-    with torch.autocast("cpu", torch.bfloat16, enabled=case.bf16):
+    # Without the cache: inside one context it would go on using the weights of the first step.
+    with torch.autocast("cpu", torch.bfloat16, enabled=case.bf16, cache_enabled=False):
         yield
 
 
@@ -205,7 +206,7 @@ def measure(
 
 
 def run_seed(case: Case, data: Dataset, seed: int) -> list[dict]:
-    """Return one row for the dense net, trained on like the pruned ones, and one per mask."""
+    """Return one row for the dense net, fine-tuned like the pruned ones, and one per mask."""
     dense = train(case, data, seed)
     everything = ("single weights", False, 0.0, {"granularity": "weight", "sparsity": 0.0})
     rows = [measure(case, data, dense, seed, "magnitude", everything) | {"structure": "dense"}]

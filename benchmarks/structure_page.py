@@ -49,7 +49,7 @@ def _percent(values: list[float]) -> str:
     return f"{mean} ({100 * min(values):.2f} to {100 * max(values):.2f})"
 
 
-def _cell(rows: list[dict] | None, key: str, best: str) -> str:
+def _cell(rows: list[dict] | None, key: str) -> str:
     if rows is None:
         return "-"
     if key == "mass":
@@ -60,7 +60,7 @@ def _cell(rows: list[dict] | None, key: str, best: str) -> str:
     asked = 1 - rows[0]["sparsity"]
     if abs(density - asked) > 0.03 * asked:
         text += f", at {100 * density:.1f} % kept"
-    return f"**{text}**" if best else text
+    return text
 
 
 def table(facts: dict, importance: str, key: str) -> list[str]:
@@ -71,7 +71,7 @@ def table(facts: dict, importance: str, key: str) -> list[str]:
     head = "| masks | " + " | ".join(f"{100 * s:g} % removed" for s in sparsities) + " |"
     lines = [head, "|---|" + "--:|" * len(sparsities)]
     for name in names:
-        cells = [_cell(found.get((name, s)), key, "") for s in sparsities]
+        cells = [_cell(found.get((name, s)), key) for s in sparsities]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
@@ -82,8 +82,8 @@ def _what_was_done(facts: dict) -> str:
     bf16 = ", bfloat16 autocast" if s["bf16"] else ""
     return (
         f"{seeds} seed{'s' if seeds > 1 else ''}; {s['train']:,} training samples, {s['epochs']} "
-        f"epochs of Adam (lr {s['lr']:g}, no augmentation{bf16}); then, for every mask, one pass "
-        f"over {s['tune_samples']:,} samples (lr {s['tune_lr']:g}); accuracy on all "
+        f"epochs of Adam (lr {s['lr']:g}, no augmentation{bf16}). Fine-tuning, for every mask: one "
+        f"pass over {s['tune_samples']:,} samples (lr {s['tune_lr']:g}). Accuracy on all "
         f"{s['test']:,} test samples. {facts['seconds'] / 60:.0f} minutes on {facts['threads']} "
         f"thread{'s' if facts['threads'] > 1 else ''}."
     )
@@ -94,14 +94,14 @@ def _section(facts: dict) -> list[str]:
     ignored = ", ".join(f"`{n}`" for n in facts["settings"]["ignore"])
     lines = [f"## {facts['case']}", "", _what_was_done(facts), ""]
     lines += [
-        f"Dense: {_percent([r['before'] for r in dense])} %; trained on in the same way: "
+        f"Dense: {_percent([r['before'] for r in dense])} %; fine-tuned in the same way: "
         f"{_percent([r['after'] for r in dense])} %. First and last layer ({ignored}) stay dense; "
         "the share removed is that of all the others.",
         "",
     ]
     for importance in facts["settings"]["importances"]:
-        lines += [f"### Scores: {importance}", "", "Test accuracy, %, after training on:", ""]
-        lines += [*table(facts, importance, "after"), "", "Before it:", ""]
+        lines += [f"### Scores: {importance}", "", "Test accuracy, %, after fine-tuning:", ""]
+        lines += [*table(facts, importance, "after"), "", "Before fine-tuning:", ""]
         lines += [*table(facts, importance, "before"), ""]
         lines += ["Kept share of the scores' sum, %, of what as many single weights hold:", ""]
         lines += [*table(facts, importance, "mass"), ""]
@@ -115,7 +115,7 @@ x inputs; of a convolution whole kernels inside), blocks after `cluster_`, and V
 by `benchmarks/structure.py` from the JSON files beside it.
 
 **A short comparison, not a record of what pruning can reach.** The nets are small, trained for a
-few epochs, cut once, and trained on for less than an epoch; longer training narrows all gaps. What
+few epochs, cut once, and fine-tuned for less than an epoch; longer training narrows all gaps. What
 to read off is the order of the masks and about how far apart they are. Differences below the spread
 of the seeds (in brackets: lowest to highest) are none; where there is one seed, no spread is known.
 
@@ -127,6 +127,8 @@ of the seeds (in brackets: lowest to highest) are none; where there is one seed,
 - V:N:M, N = 2: M = 4, 8, 20 and 40 keep 50, 25, 10 and 5 %. Where M does not divide the input
   channels of a layer there is no such mask (-): LeNet-5's second convolution has 20. They choose
   at every position of a kernel anew; blocks keep or drop whole kernels.
+- `cluster_` raises the kept mass. Kept mass is not accuracy: in most cells more of it is more
+  accuracy, not in all.
 - BatchNorm statistics are renewed on 1,000 training samples before the first evaluation.
 - NNrelief scores every weight by itself here; its own use prunes whole kernels of convolutions,
   by mass and not by ratio.
@@ -153,7 +155,7 @@ def write(folder: pathlib.Path) -> None:
 
 
 def draw(runs: list[dict], path: pathlib.Path) -> None:
-    """Draw accuracy over density, one panel per net and score, after and before training on."""
+    """Draw accuracy over density, one panel per net and score, after and before fine-tuning."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -168,8 +170,8 @@ def draw(runs: list[dict], path: pathlib.Path) -> None:
             _panel(axes, facts, importance, key)
         column[0].set_title(f"{facts['case']}\nscores: {importance}", fontsize=10)
         column[1].set_xlabel("weights kept (%), log scale")
-    grid[0, 0].set_ylabel("test accuracy after training on (%)")
-    grid[1, 0].set_ylabel("test accuracy before (%)")
+    grid[0, 0].set_ylabel("test accuracy after fine-tuning (%)")
+    grid[1, 0].set_ylabel("test accuracy before fine-tuning (%)")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)

@@ -166,8 +166,8 @@ def cluster_rows(scores: Tensor, height: int, *, width: int = 1, sparsity: float
         order = cluster_rows(scores, height, width=width)
         y = torch.empty_like(z); y[..., order] = z,  z = x W[order]^T + b[order]
 
-    which is x W^T + b, bit for bit as far as the product of each row is. `prune.cluster_` folds
-    such orders into a whole model instead, at no cost when it runs.
+    which is x W^T + b: every output is the same dot product as before. `prune.cluster_` folds such
+    orders into a whole model instead, at no cost when it runs.
 
     scores    [out, in] or [out, in, r, s], finite and >= 0 (`lw.score` of a layer)
     height    rows per block; width: columns per block
