@@ -1,4 +1,4 @@
-"""Masks as bits in Triton: which tiles of a weight keep anything, and a tile with the rest zeroed.
+"""Masks as bits in Triton: packed, sorted by tiles into empty, mixed and full, and applied.
 
 Bit k % 32 of word k // 32 of row n says whether weight[n, k] is kept; bits past K are 0.
 """
@@ -10,9 +10,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import check_operand
+
 # Words that one step of the listing kernel reads: 32 for each of its threads.
 _WORDS_A_STEP = 8192
 _WARPS = 8
+_PACKED = 256  # words that one program of the packing kernel makes
+
+
+@triton.jit(do_not_specialize=["count"])
+def pack_kernel(mask_ptr, bits_ptr, count, K, words, WORDS: tl.constexpr):
+    """bits[i] for WORDS words i < count = N words, of mask [N, K] in bytes."""
+    i = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
+    place = tl.arange(0, 32)
+    k = (i % words * 32)[:, None] + place[None, :]
+    at = (i // words * K)[:, None] + k
+    kept = tl.load(mask_ptr + at, mask=(i < count)[:, None] & (k < K), other=0)
+    bits = tl.where(kept != 0, 1 << place[None, :], 0)
+    tl.store(bits_ptr + i, tl.sum(bits, axis=1), mask=i < count)  # a sum of different bits
 
 
 @triton.jit
@@ -96,6 +111,22 @@ def list_tiles_kernel(
         some_count += tl.sum(mixed, axis=0)
     tl.store(counts_ptr + 2 * panel, all_count)
     tl.store(counts_ptr + 2 * panel + 1, some_count)
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Return the bits [N, ceil(K / 32)] int32 of mask [N, K] bool contiguous, bits past K 0.
+
+    Raises ValueError (shape, strides) and TypeError (dtype).
+    """
+    check_operand("pack_mask_bits", "mask", mask, (len(mask), mask.shape[-1]), mask, torch.bool)
+    (N, K), words = mask.shape, triton.cdiv(mask.shape[1], 32)
+    bits = mask.new_empty(N, words, dtype=torch.int32)
+    if bits.numel():
+        with torch.cuda.device_of(mask):
+            pack_kernel[(triton.cdiv(bits.numel(), _PACKED),)](
+                mask.view(torch.int8), bits, bits.numel(), K, words, WORDS=_PACKED, num_warps=4
+            )
+    return bits
 
 
 # The interpreter knows no inline assembly.

@@ -190,6 +190,9 @@ SCHEMAS: dict[str, str] = {
         int[2] dilation,
         int groups
     ) -> Tensor""",
+    "pack_mask_bits": """(
+        Tensor mask
+    ) -> Tensor""",
     "masked_linear": """(
         Tensor x,
         Tensor weight,

@@ -17,6 +17,7 @@ FORWARD, GRAD_X, GRAD_WEIGHT = (f"masked_linear{end}" for end in ("", "_grad_x",
 
 
 def cases(arch: int) -> Iterator[Case]:
+    yield _packing(arch)
     for name, dtype in DTYPES.items():
         for op, build in ((FORWARD, _product), (GRAD_X, _product), (GRAD_WEIGHT, _grad)):
             if section_of(op, arch) != arch:
@@ -27,6 +28,26 @@ def cases(arch: int) -> Iterator[Case]:
                     yield build(op, arch, name, tile, even=False)
                 if op != GRAD_WEIGHT and name == "bf16":
                     yield _lists(op, arch, tile)
+
+
+def _packing(arch: int) -> Case:
+    return Case(
+        op="masked_linear, packing",
+        variant="",
+        function=mask_bits.pack_kernel,
+        arch=arch,
+        signature={
+            "mask_ptr": "*i8",
+            "bits_ptr": "*i32",
+            "count": "i32",
+            "K": "i32",
+            "words": "i32",
+        },
+        constants={"WORDS": 256},
+        tile=Tile(16, 16, 16, warps=4, stages=3),
+        multiples=("K",),
+        wide=4,
+    )
 
 
 def _operand(name: str, tma: bool, rows: int, columns: int) -> str:

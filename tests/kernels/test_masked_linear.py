@@ -85,6 +85,20 @@ def test_nothing_kept_and_all_kept(device, keep):
     assert_gradients_match(operands, SMALL)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (7, 31), (5, 32), (9, 33), (40, 200), (3, 0), (0, 3)])
+def test_masks_are_packed_as_the_reference_does(device, size):
+    for keep in (0.0, 0.5, 1.0):
+        mask = torch.rand(size, device=device) < keep
+        assert torch.equal(bits.pack(mask), reference.pack_mask_bits(mask))
+
+
+def test_packing_refuses_what_it_would_misread(device):
+    with pytest.raises(TypeError, match="expected mask bool, got uint8"):
+        bits.pack(torch.ones(2, 3, dtype=torch.uint8, device=device))
+    with pytest.raises(ValueError, match="expected mask contiguous"):
+        bits.pack(torch.ones(3, 2, dtype=torch.bool, device=device).t())
+
+
 def tiled_mask(N, K, device):
     """Return a mask whose 32 x 32 tiles are full, mixed and empty in turn."""
     mask = torch.rand(N, K, device=device) < 0.5
@@ -239,6 +253,15 @@ def test_every_tile_of_the_table_on_the_gpu(gpu, dtype):
     )
     for i in range(max(len(of_x), len(of_weight))):
         assert_gradients_match(operands, of_x[i % len(of_x)], of_weight[i % len(of_weight)])
+
+
+@pytest.mark.gpu
+def test_large_masks_are_packed_on_the_gpu(gpu):
+    for size in [(4096, 4096), (1000, 777)]:
+        mask = torch.rand(size, device=gpu) < 0.5
+        packed = ops.pack_mask_bits(mask)
+        assert torch.equal(packed, reference.pack_mask_bits(mask))
+        assert torch.equal(ops.unpack_mask_bits(packed, size[1]), mask)
 
 
 @pytest.mark.gpu

@@ -105,8 +105,9 @@ def test_opcheck(dtype, bias):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck_of_the_gradients(dtype):
+def test_opcheck_of_the_gradients_and_of_packing(dtype):
     x, weight, mask, _ = case(5, 6, 40, dtype)
+    torch.library.opcheck(torch.ops.liveweight.pack_mask_bits.default, (mask,))
     bits, grad = ops.pack_mask_bits(mask), torch.randn(5, 6).to(dtype)
     torch.library.opcheck(torch.ops.liveweight.masked_linear_grad_x.default, (grad, weight, bits))
     torch.library.opcheck(torch.ops.liveweight.masked_linear_grad_weight.default, (grad, x, bits))

@@ -17,7 +17,8 @@ _OP = "masked_linear"
 def pack_mask_bits(mask: Tensor) -> Tensor:
     """Pack a mask into bits, 32 columns a word.
 
-    bits[n, w] has bit j set where mask[n, 32 w + j] is True; bits past K are 0.
+    bits[n, w] has bit j set where mask[n, 32 w + j] is True; bits past K are 0. On CUDA one kernel
+    that reads the mask once, for masks that change from step to step.
 
     mask     [N, K] bool, True = kept
     returns  [N, ceil(K / 32)] int32
@@ -25,11 +26,7 @@ def pack_mask_bits(mask: Tensor) -> Tensor:
     Raises TypeError (dtype) and ValueError (shape).
     """
     check_tensor("pack_mask_bits", "mask", mask, dim=2, dtypes=(torch.bool,))
-    N, K = mask.shape
-    padded = torch.nn.functional.pad(mask, (0, -K % 32)).view(N, (K + 31) // 32, 32)
-    # int64: bit 31 is a sign in int32, which the last line gives it.
-    word = (padded.long() << torch.arange(32, device=mask.device)).sum(-1)
-    return torch.where(word >= 2**31, word - 2**32, word).to(torch.int32)
+    return _op_pack(mask.contiguous())
 
 
 def unpack_mask_bits(bits: Tensor, K: int) -> Tensor:
@@ -171,6 +168,10 @@ class _GradWeight(torch.autograd.Function):
         )
 
 
+def _fake_pack(mask: Tensor) -> Tensor:
+    return mask.new_empty(mask.shape[0], (mask.shape[1] + 31) // 32, dtype=torch.int32)
+
+
 def _fake(x: Tensor, weight: Tensor, mask_bits: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
@@ -183,14 +184,17 @@ def _fake_weight(grad: Tensor, x: Tensor, mask_bits: Tensor) -> Tensor:
     return x.new_empty(grad.shape[1], x.shape[1])
 
 
+_library.register("pack_mask_bits", reference.pack_mask_bits, _fake_pack)
 _library.register(_OP, reference.masked_linear, _fake)
 _library.register(f"{_OP}_grad_x", reference.masked_linear_grad_x, _fake_x)
 _library.register(f"{_OP}_grad_weight", reference.masked_linear_grad_weight, _fake_weight)
+_op_pack = torch.ops.liveweight.pack_mask_bits.default
 _op = torch.ops.liveweight.masked_linear.default
 _op_x = torch.ops.liveweight.masked_linear_grad_x.default
 _op_weight = torch.ops.liveweight.masked_linear_grad_weight.default
 
 try:
+    from liveweight.kernels import mask_bits as _bits
     from liveweight.kernels import masked_linear as _kernel
     from liveweight.kernels.masked_linear_grad import launch_grad_weight
 except ImportError:  # no Triton: the reference serves CUDA too, and lw.info() says why
@@ -206,6 +210,7 @@ else:
 
         _library.register_triton(name, run)
 
+    _library.register_triton("pack_mask_bits", _bits.pack)
     _serve(_OP, _kernel.launch)
     _serve(f"{_OP}_grad_x", _kernel.launch_grad_x)
     _serve(f"{_OP}_grad_weight", launch_grad_weight)

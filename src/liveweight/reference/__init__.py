@@ -21,6 +21,7 @@ from liveweight.reference.masked_linear import (
     masked_linear,
     masked_linear_grad_weight,
     masked_linear_grad_x,
+    pack_mask_bits,
     unpack_mask_bits,
 )
 from liveweight.reference.scores import activity_stats_, mass_mask
@@ -57,6 +58,7 @@ __all__ = [
     "masked_linear_grad_weight",
     "masked_linear_grad_x",
     "mass_mask",
+    "pack_mask_bits",
     "scatter_kernels",
     "unpack_mask_bits",
     "unstructured_conv2d",

@@ -6,6 +6,15 @@ import torch
 from torch import Tensor
 
 
+def pack_mask_bits(mask: Tensor) -> Tensor:
+    """Return the bits [N, ceil(K / 32)] int32 of mask [N, K] bool, bit k % 32 of word k // 32."""
+    N, K = mask.shape
+    padded = torch.nn.functional.pad(mask, (0, -K % 32)).view(N, (K + 31) // 32, 32)
+    # int64: bit 31 is a sign in int32, which the last line gives it.
+    word = (padded.long() << torch.arange(32, device=mask.device)).sum(-1)
+    return torch.where(word >= 2**31, word - 2**32, word).to(torch.int32)
+
+
 def unpack_mask_bits(bits: Tensor, K: int) -> Tensor:
     """Return the mask [N, K] bool of bits [N, ceil(K / 32)] int32, bit k % 32 of word k // 32."""
     places = torch.arange(32, dtype=torch.int32, device=bits.device)
