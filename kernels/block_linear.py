@@ -15,19 +15,30 @@ reads x once for all of them and can be faster, although it multiplies zeros.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .epilogue import finish
-from .launch import DTYPES, align_rows, arch_of, check_dtype, check_operand, precision, tma_reads
+from .launch import (
+    DTYPES,
+    align_rows,
+    arch_of,
+    cdiv,
+    check_dtype,
+    check_operand,
+    precision,
+    tma_reads,
+)
 from .panels import panel_kernel
 from .tiles import Tile, pick_tile
 
 __all__ = ["DTYPES", "SIDES", "launch", "launch_grad_x", "serves"]
 
 SIDES = (16, 32, 64, 128)  # of the blocks that have a kernel
+PART_STEPS = 4  # that a part has at least: adding parts up is a launch of its own
 _GROUP_M = 8  # tiles of x's rows that go through the panels together
 
 
@@ -91,7 +102,7 @@ def _check(
     if values.dim() != 3 or not serves(values):
         raise ValueError(f"{op}: expected sides in {SIDES}, got values {tuple(values.shape)}")
     kept, bw, bh = values.shape
-    rows, width = triton.cdiv(shape[0], bh), triton.cdiv(shape[1], bw)
+    rows, width = cdiv(shape[0], bh), cdiv(shape[1], bw)
     check_operand(op, "values", values, (kept, bw, bh), values, values.dtype)
     scheduled = rows + width + (width + 1) + 2 * kept
     for name, index, size in (
@@ -104,10 +115,17 @@ def _check(
 
 
 def _pick(x: Tensor, values: Tensor, panel: int, N: int, blocks: int) -> Tile:
-    """Return the tile for a call; the turned walk is the same walk, and takes the same tiles."""
+    """Return the tile for a call, whose row may be far from it: parts too short are not cut.
+
+    The turned walk is the same walk, and takes the same tiles.
+    """
     density = values.shape[0] / max(blocks, 1)
     shape = (x.shape[0], N, x.shape[1])
-    return pick_tile(f"block_linear/{panel}", shape, density, x.dtype, arch_of(x))
+    tile = pick_tile(f"block_linear/{panel}", shape, density, x.dtype, arch_of(x))
+    if tile.split == 1:
+        return tile
+    steps = values.numel() // (panel * tile.k * cdiv(N, panel))  # of a panel, on average
+    return dataclasses.replace(tile, split=min(tile.split, max(steps // PART_STEPS, 1)))
 
 
 def _multiply(
@@ -121,7 +139,7 @@ def _multiply(
     y = x.new_empty(M, N)
     if y.numel() == 0:
         return y
-    panels = triton.cdiv(N, panel)
+    panels = cdiv(N, panel)
     # A panel is not cut into more parts than it has blocks, on average; a power of two, as every
     # number is a compilation.
     parts = 1 << (min(tile.split, max(kept // panels, 1)).bit_length() - 1)
@@ -130,7 +148,7 @@ def _multiply(
     operands = _describe(x, values, tile, panel, turned) if tma else (x, values)
     ends = (None, 0) if parts > 1 else (bias, activation)
     with torch.cuda.device_of(x):
-        panel_kernel[(triton.cdiv(M, tile.m) * panels, parts)](
+        panel_kernel[(cdiv(M, tile.m) * panels, parts)](
             *operands, *index, ends[0], out, M, K, N, panels,
             TURNED=turned, CHUNK=chunk, PANEL=panel, EVEN_K=K % chunk == 0,
             HAS_BIAS=ends[0] is not None, ACTIVATION=ends[1], PRECISION=precision(x.dtype),

@@ -14,13 +14,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .block_linear import SIDES
+from .block_linear import PART_STEPS, SIDES
 from .epilogue import finish
-from .launch import align_rows, arch_of, check_dtype, check_operand, precision, tma_reads
+from .launch import align_rows, arch_of, cdiv, check_dtype, check_operand, precision, tma_reads
 from .tiles import Tile, pick_tile
 
 _OP = "block_linear_grad_values"
-_PART_STEPS = 8  # that a part has at least: adding up is a launch and another pass
 _SEARCH = 256  # rows of blocks looked at together
 
 
@@ -126,13 +125,13 @@ def launch_grad_values(
     if M == 0:
         return values.zero_()
     if tile is None:
-        density, op = kept / max(rows * triton.cdiv(K, bw), 1), f"{_OP}/{bh}"
+        density, op = kept / max(rows * cdiv(K, bw), 1), f"{_OP}/{bh}"
         tile = pick_tile(op, (N, K, M), density, grad.dtype, arch_of(grad))
-        most = max(M // (tile.k * _PART_STEPS), 1)
+        most = max(M // (tile.k * PART_STEPS), 1)
         tile = dataclasses.replace(tile, split=min(tile.split, most))
     # Samples are cut into no more parts than they have steps; a power of two, as every number is a
     # compilation.
-    parts = 1 << (min(tile.split, triton.cdiv(M, tile.k)).bit_length() - 1)
+    parts = 1 << (min(tile.split, cdiv(M, tile.k)).bit_length() - 1)
     out = values
     if parts > 1:
         out = values.new_empty(parts, kept, bw, bh, dtype=torch.float32)
@@ -161,7 +160,7 @@ def _check(
     check_dtype(_OP, "grad", grad)
     if not set(block) <= set(SIDES):
         raise ValueError(f"{_OP}: expected sides in {SIDES}, got block {tuple(block)}")
-    rows = triton.cdiv(N, block[0])
+    rows = cdiv(N, block[0])
     check_operand(_OP, "grad", grad, (M, N), grad, grad.dtype)
     check_operand(_OP, "x", x, (M, K), grad, grad.dtype)
     check_operand(_OP, "row_offsets", row_offsets, (rows + 1,), grad, torch.int32)

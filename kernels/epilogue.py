@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import cdiv
+
 _ENTRIES = 1024  # of the output, per program of finish_kernel
 
 
@@ -63,7 +65,7 @@ def finish(work: Tensor, out: Tensor, bias: Tensor | None = None, activation: in
     if count == 0:
         return
     with torch.cuda.device_of(out):
-        finish_kernel[(triton.cdiv(count, _ENTRIES),)](
+        finish_kernel[(cdiv(count, _ENTRIES),)](
             work_ptr=work, bias_ptr=bias, out_ptr=out, count=count, N=out.shape[-1],
             PARTS=work.shape[0], HAS_BIAS=bias is not None, ACTIVATION=activation,
             ENTRIES=_ENTRIES, num_warps=4,

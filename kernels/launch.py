@@ -9,6 +9,11 @@ from torch.nn import functional
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def cdiv(a: int, b: int) -> int:
+    """Return a / b rounded up; triton.cdiv takes microseconds when called from the host."""
+    return -(-a // b)
+
+
 def arch_of(x: Tensor) -> int:
     """Return the compute capability of x's device, 80 for 8.0."""
     if not x.is_cuda:  # Triton's interpreter

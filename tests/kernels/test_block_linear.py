@@ -231,6 +231,11 @@ def test_panels_are_cut_where_they_are_few_and_long():
     assert split(8, 4096, 4096, 0.1) == 1  # 52 KiB a panel: adding up again is a launch of its own
     assert split(8, 16384, 4096, 0.5) == 1  # panels enough for every multiprocessor
     assert split(4096, 4096, 4096, 0.5) == 1
+    # The nearest row cuts, but this panel is short: 10 blocks of 64, two steps of 128 to a part.
+    assert split(8, 1024, 1024, 0.6) == 4
+    x = torch.empty(8, 1024, dtype=torch.bfloat16, device="meta")
+    values = torch.empty(160, 64, 64, dtype=torch.bfloat16, device="meta")
+    assert kernel._pick(x, values, 64, 1024, 256).split == 1
 
 
 def test_pick_tile_serves_every_panel():
