@@ -206,8 +206,10 @@ def _multiply(
     with torch.cuda.device_of(x):
         masked_product_kernel[(triton.cdiv(M, tile.m) * lists.shape[0], parts)](
             *operands, mask_bits, fused, lists, counts, out, M, N, K, mask_bits.shape[1],
-            lists.shape[2] - 1, TURNED=turned, HAS_BIAS=fused is not None, EVEN=R % tile.k == 0,
-            EVEN_P=P % tile.n == 0, PRECISION=precision(x.dtype),
+            lists.shape[2] - 1, TURNED=turned, HAS_BIAS=fused is not None,
+            # Where nothing depends on it, "even": every value is a compilation.
+            EVEN=tma or R % tile.k == 0, EVEN_P=tma or not turned or P % tile.n == 0,
+            PRECISION=precision(x.dtype),
             PACKED=x.dtype.itemsize == 2 and not INTERPRETED, TMA=tma, PARTS=parts,
             GROUP_M=_GROUP_M, BLOCK_M=tile.m, BLOCK_P=tile.n, BLOCK_R=tile.k,
             num_warps=tile.warps, num_stages=tile.stages,

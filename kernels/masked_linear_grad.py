@@ -96,9 +96,10 @@ def launch_grad_weight(
     with torch.cuda.device_of(x):
         masked_grad_kernel[(triton.cdiv(N, tile.m) * triton.cdiv(K, tile.n), parts)](
             *operands, mask_bits, sums, M, N, K, mask_bits.shape[1],
-            EVEN_M=M % tile.k == 0, EVEN_N=N % tile.m == 0, EVEN_K=K % tile.n == 0,
-            PRECISION=precision(x.dtype), TMA=tma, PARTS=parts, GROUP=_GROUP,
-            BLOCK_N=tile.m, BLOCK_K=tile.n, BLOCK_M=tile.k,
+            # Descriptors end by themselves, so there nothing depends on it: one compilation less.
+            EVEN_M=tma or M % tile.k == 0, EVEN_N=tma or N % tile.m == 0,
+            EVEN_K=tma or K % tile.n == 0, PRECISION=precision(x.dtype),
+            TMA=tma, PARTS=parts, GROUP=_GROUP, BLOCK_N=tile.m, BLOCK_K=tile.n, BLOCK_M=tile.k,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     if parts > 1:

@@ -78,7 +78,7 @@ def _product(op: str, arch: int, name: str, tile: Tile, even: bool) -> Case:
     signature |= dict.fromkeys(("bits_ptr", "lists_ptr", "counts_ptr"), "*i32")
     signature |= dict.fromkeys(("M", "N", "K", "words", "steps"), "i32")
     constants = {
-        "TURNED": turned, "HAS_BIAS": bias, "EVEN": even, "EVEN_P": even,
+        "TURNED": turned, "HAS_BIAS": bias, "EVEN": even, "EVEN_P": even or not turned,
         "PRECISION": precision(DTYPES[name]), "PACKED": item == 2, "TMA": tile.tma,
         "PARTS": tile.split, "GROUP_M": 8,
         "BLOCK_M": tile.m, "BLOCK_P": tile.n, "BLOCK_R": tile.k,
