@@ -124,7 +124,7 @@ def _pick(x: Tensor, values: Tensor, panel: int, N: int, blocks: int) -> Tile:
     tile = pick_tile(f"block_linear/{panel}", shape, density, x.dtype, arch_of(x))
     if tile.split == 1:
         return tile
-    steps = values.numel() // (panel * tile.k * cdiv(N, panel))  # of a panel, on average
+    steps = values.numel() // (panel * tile.k * max(cdiv(N, panel), 1))  # of a panel, on average
     return dataclasses.replace(tile, split=min(tile.split, max(steps // PART_STEPS, 1)))
 
 

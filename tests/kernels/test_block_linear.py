@@ -157,7 +157,8 @@ def test_a_large_tile_is_stored_in_halves(device):
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0)], ids=str)
 def test_empty_sizes(device, shape):
-    assert_all_close(case(*shape, (16, 16), torch.float32, device))
+    for block in ((16, 16), (128, 128)):
+        assert_all_close(case(*shape, block, torch.float32, device))
 
 
 @pytest.mark.parametrize("density", [0.0, 1.0])
