@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 
 from liveweight import reference
 from liveweight.formats import BlockKernels
@@ -195,3 +197,31 @@ def test_launches_refuse_what_their_addresses_would_leave(device):
         grad_x.launch(grad, values, offsets, columns, schedule, shape, x.shape, *settings)
     with pytest.raises(ValueError, match=r"got grad \(2, 32, 5, 7\)"):
         grad_values.launch(grad, x, offsets, columns, schedule, shape, (16, 16), *settings)
+
+
+def pairs(least: int, most: int):
+    return st.tuples(st.integers(least, most), st.integers(least, most))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    kernel_size=pairs(1, 4), stride=pairs(1, 4), padding=pairs(0, 4), dilation=pairs(1, 3),
+    room=pairs(0, 5), groups=st.integers(1, 2), channels=st.integers(1, 40),
+    panels=st.integers(1, 2), ragged=st.integers(0, 15),
+    block=st.sampled_from([(16, 16), (16, 32)]),
+    density=st.sampled_from([0.3, 0.7, 1.0]), tile=st.sampled_from(list(TILES.values())),
+)  # fmt: skip
+def test_any_convolution(
+    kernel_size, stride, padding, dilation, room, groups, channels, panels, ragged, block, density,
+    tile,
+):  # fmt: skip
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel_size, strict=True)]
+    size = tuple(max(r + more - 2 * p, 1) for r, more, p in zip(reach, room, padding, strict=True))
+    filters = 16 * panels * groups - (ragged if groups == 1 else 0)
+    case = Case(
+        channels * groups, filters, kernel_size, size, stride, padding, dilation, groups,
+        batch=2, block=block, density=density,
+    )  # fmt: skip
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for check in CHECKS.values():
+        check(case, torch.float32, device, tile)

@@ -134,6 +134,8 @@ def test_messages():
         (ValueError, r"expected x \[B, 32, H, W\]", (x[:, :16], packed), {}),
         (ValueError, r"expected x \[B, 32, H, W\]", (x[0, 0], packed), {}),
         (TypeError, "expected x float32 like values, got float64", (x.double(), packed), {}),
+        (ValueError, "x is on meta, expected cpu like values", (x.to("meta"), packed), {}),
+        (ValueError, "bias is on meta, expected cpu", (x, packed, bias.to("meta")), {}),
         (ValueError, r"expected bias \[32\]", (x, packed, bias[:5]), {}),
         (TypeError, "expected bias float32", (x, packed, bias.half()), {}),
         (ValueError, "stride must be >= 1", (x, packed), {"stride": 0}),

@@ -116,8 +116,10 @@ def _check(
     wanted, got = shape[1] * groups, tuple(x.shape)
     if x.dim() != 4 or x.size(1) != wanted:
         raise ValueError(f"{_NAME}: expected x [B, {wanted}, H, W] or one sample, got {got}")
-    if x.device != values.device:
-        raise ValueError(f"{_NAME}: x is on {x.device}, expected {values.device} like values")
+    for name, tensor in (("x", x), ("bias", bias)):
+        if isinstance(tensor, Tensor) and tensor.device != values.device:
+            got, like = tensor.device, values.device
+            raise ValueError(f"{_NAME}: {name} is on {got}, expected {like} like values")
     if x.dtype is not values.dtype:
         if not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
             raise TypeError(f"{_NAME}: expected x {_dtype(values)} like values, got {_dtype(x)}")
