@@ -347,3 +347,14 @@ def test_blocks_of_convolutions_are_left_to_gpus():
     assert sorted(tried) == ["kernelwise", "unstructured"]
     assert "block" in candidates.formats_for(nn.Linear(1, 1), names, cpu)
     assert candidates.formats_for(nn.Conv2d(1, 1, 1), ("block",), cpu) == ["block"]
+
+
+def test_blocks_for_a_gpu_depend_on_the_number_of_samples():
+    from liveweight.compress.swap import FEW_SAMPLES, gpu_block
+
+    layer = nn.Linear(512, 512)
+    with torch.no_grad():  # most blocks of 16 x 16 are kept: few zeros between them
+        kept = torch.rand(32, 32) < 0.35
+        layer.weight.mul_(kept.repeat_interleave(16, 0).repeat_interleave(16, 1))
+    few, many = gpu_block(layer, FEW_SAMPLES), gpu_block(layer, FEW_SAMPLES + 1)
+    assert few == (16, 16) and many[0] > 16

@@ -171,6 +171,8 @@ def _candidate(chain: Chain, plan: Plan) -> Candidate:
     if plan.format in (packing.LABEL, packing.JOINED):
         module = packing.make_packed(layer, plan.format, **options)
     else:
+        if plan.format == "block" and isinstance(layer, nn.Linear) and chain.x.is_cuda:
+            options["block"] = swap.gpu_block(layer, chain.x.shape[:-1].numel())
         module = swap.make_sparse(layer, plan.format, pool=pool, **options)
     module.train(chain.layer.training)
     return Candidate(plan.label, plan.format, module, absorbed, rest)

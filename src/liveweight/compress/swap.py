@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from liveweight import nn as sparse_nn
-from liveweight.formats import Kernelwise
+from liveweight.formats import Block, Kernelwise
+from liveweight.formats.block import GPU_COSTS
+from liveweight.nn.sparse_module import read_dense
+
+# Samples up to which a product on a GPU waits for the weight and not for the input.
+FEW_SAMPLES = 64
 
 _SPARSE: dict[type, type] = {nn.Linear: sparse_nn.SparseLinear, nn.Conv2d: sparse_nn.SparseConv2d}
 
@@ -72,6 +77,16 @@ def make_sparse(
     if module.bias is not None:
         module.bias.requires_grad_(dense.bias.requires_grad)
     return module
+
+
+def gpu_block(dense: nn.Linear, samples: int) -> tuple[int, int]:
+    """Return the block to store a Linear's weight in for so many samples on a GPU.
+
+    For few, reading the weight is all there is to do and the fewest stored entries win; for many,
+    reads of the input count, and taller blocks can win although they store more.
+    """
+    sizes = GPU_COSTS if samples > FEW_SAMPLES else tuple(GPU_COSTS)
+    return Block.best_block(read_dense(dense, "weight"), sizes)[0]
 
 
 def dense_like(
