@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .epilogue import activate, finish
-from .launch import arch_of, check_dtype, check_operand, precision
+from .launch import arch_of, cdiv, check_dtype, check_operand, precision
 from .panels import find_place, find_share
 from .tiles import Tile, pick_tile
 
@@ -114,12 +114,12 @@ def turn(x: Tensor) -> Tensor:
     x is contiguous, or x.t() is: that is taken as it lies where M is a multiple of 16.
     """
     M, K = x.shape
-    stride = triton.cdiv(M, _ALIGNED) * _ALIGNED
+    stride = cdiv(M, _ALIGNED) * _ALIGNED
     if stride == M and x.t().is_contiguous() and x.data_ptr() % 16 == 0:
         return x.t()
     x = x.contiguous()
     out = x.new_empty(K, stride)
-    grid = (triton.cdiv(stride, _TURN), triton.cdiv(K, _TURN))
+    grid = (cdiv(stride, _TURN), cdiv(K, _TURN))
     with torch.cuda.device_of(x):
         turn_kernel[grid](x, out, M, K, stride, SIDE=_TURN, num_warps=4)
     return out
@@ -144,7 +144,7 @@ def launch(
         raise ValueError(f"{op}: expected blocks of {HEIGHTS} x {WIDTHS}, got values "
                          f"{tuple(values.shape)}")  # fmt: skip
     kept, bw, bh = values.shape
-    rows, width = triton.cdiv(N, bh), triton.cdiv(K, bw)
+    rows, width = cdiv(N, bh), cdiv(K, bw)
     if x.dtype != values.dtype:
         raise TypeError(f"{op}: expected x {values.dtype}, got {x.dtype}")
     if shape[1] != K or x.device != values.device:
@@ -176,7 +176,7 @@ def _multiply(
 ) -> Tensor:  # fmt: skip
     """Return act(x W^T + bias) for x turned."""
     (M, N, K), (kept, bw, bh) = sizes, values.shape
-    panels = triton.cdiv(N, bh)
+    panels = cdiv(N, bh)
     steps = kept * bw // (panels * tile.k)
     parts = 1 << (min(tile.split, max(steps, 1)).bit_length() - 1)
     turned = batch_last and parts == 1
@@ -184,7 +184,7 @@ def _multiply(
     out = y if parts == 1 else x.new_empty(parts, M, N, dtype=torch.float32)
     ends = (None, 0) if parts > 1 else (bias, activation)
     with torch.cuda.device_of(x):
-        narrow_kernel[(triton.cdiv(M, tile.m) * panels, parts)](
+        narrow_kernel[(cdiv(M, tile.m) * panels, parts)](
             x, values, *index, ends[0], out, M, K, N, x.shape[1], panels,
             CHUNK=bw, PANEL=bh, HAS_BIAS=ends[0] is not None, ACTIVATION=ends[1],
             PRECISION=precision(x.dtype), PARTS=parts, TURNED=turned,
