@@ -27,7 +27,7 @@ from . import block_linear
 from .block_conv2d_checks import Conv, copy_width, guard, pixels_of
 from .block_conv2d_steps import find_reach, find_step, load_seen
 from .epilogue import activate, finish
-from .launch import arch_of, parts_of, precision
+from .launch import arch_of, cdiv, parts_of, precision
 from .tiles import Tile, pick_tile
 
 GROUP_M = 32  # tiles of outputs that go through all panels together, while x is in the L2 cache
@@ -146,17 +146,19 @@ def launch(
         args = (values[:, 0], row_offsets, columns, schedule, (N, C), bias, activation)
         y = block_linear.launch(x.permute(0, 2, 3, 1).contiguous().view(M, C), *args)
         return y.view(batch, height, width, N).permute(0, 3, 1, 2)
+    least = 1 if tile else block_linear.PART_STEPS  # steps of a part
     if tile is None:
         sizes, density = (M, N, shape[1] * taps), conv.density(kept, (bo, bc))
         tile = pick_tile(f"block_conv2d/{bo}", sizes, density, x.dtype, arch_of(x))
     panels = row_offsets.numel() - 1
-    parts = parts_of(tile.split, kept * taps * bc // (panels * tile.k))
+    steps = kept * taps * bc // (panels * tile.k)  # of a panel, on average
+    parts = parts_of(tile.split, steps // least)
     out = y if parts == 1 else x.new_empty(parts, M, N, dtype=torch.float32)
     ends = (None, 0) if parts > 1 else (bias, activation)
     pixels = pixels_of(x, groups)
     channels = pixels.shape[3] // groups
     with torch.cuda.device_of(x):
-        block_conv2d_kernel[(triton.cdiv(M, tile.m) * panels, parts)](
+        block_conv2d_kernel[(cdiv(M, tile.m) * panels, parts)](
             pixels, values, row_offsets, columns, schedule, ends[0], out,
             M, H, W, pixels.shape[3], height, width, N, panels, panels // groups, channels,
             *stride, *padding, *dilation,

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import block_linear_grad
+from . import block_linear, block_linear_grad
 from .block_conv2d_checks import Conv, copy_width, guard, pixels_of
 from .epilogue import finish
-from .launch import arch_of, parts_of, precision
+from .launch import arch_of, cdiv, parts_of, precision
 from .tiles import Tile, pick_tile
 
 _OP = "block_conv2d_grad_values"
@@ -133,13 +133,14 @@ def launch(
         out = block_linear_grad.launch_grad_values(*args, row_offsets, columns, block)
         return out[:, None]
     rows, chunks = conv.grid(block)
+    least = 1 if tile else block_linear.PART_STEPS  # steps of a part
     if tile is None:
         sizes, density = (M, N, shape[1] * conv.taps), conv.density(kept, block)
         tile = pick_tile(f"{_OP}/{bo}", sizes, density, x.dtype, arch_of(x))
-    block_m = min(tile.m, triton.next_power_of_2(conv.taps * bc))
-    programs = kept * triton.cdiv(conv.taps * bc, block_m)
-    fewest = triton.cdiv(_ENOUGH, programs)
-    parts = parts_of(min(tile.split, fewest), triton.cdiv(M, 4 * tile.k))
+    block_m = min(tile.m, 1 << (conv.taps * bc - 1).bit_length())
+    programs = kept * cdiv(conv.taps * bc, block_m)
+    fewest = cdiv(_ENOUGH, programs)
+    parts = parts_of(min(tile.split, fewest), M // (least * tile.k))
     work = out if parts == 1 else x.new_empty(parts, *out.shape, dtype=torch.float32)
     blocks, rows_of = schedule.split([rows + 2 * chunks + 1, kept, kept])[1:]
     pixels, grad = pixels_of(x, groups), pixels_of(grad)

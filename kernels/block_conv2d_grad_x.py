@@ -20,7 +20,7 @@ from .block_conv2d import GROUP_M, find_place
 from .block_conv2d_checks import Conv, copy_width, guard, pixels_of
 from .block_conv2d_steps import find_reach, find_step, load_seen
 from .epilogue import finish
-from .launch import arch_of, parts_of, precision
+from .launch import arch_of, cdiv, parts_of, precision
 from .tiles import Tile, pick_tile
 
 _OP = "block_conv2d_grad_x"
@@ -179,21 +179,22 @@ def launch(
         args = (pixels, values[:, 0], *index, (N, C))
         return block_linear.launch_grad_x(*args).view(batch, H, W, C).permute(0, 3, 1, 2)
     rows, chunks = conv.grid((bo, bc))
+    least = 1 if tile else block_linear.PART_STEPS  # steps of a part
     if tile is None:
         sizes, density = (batch * H * W, C, N // groups * taps), conv.density(kept, (bo, bc))
         tile = pick_tile(f"block_conv2d/{bc}", sizes, density, grad.dtype, arch_of(grad))
     _, order, offsets, blocks, rows_of = schedule.split([rows, chunks, chunks + 1, kept, kept])
     classes = stride[0] * stride[1]
     every = [stride[d] // math.gcd(stride[d], dilation[d]) for d in (0, 1)]
-    places = batch * triton.cdiv(H, stride[0]) * triton.cdiv(W, stride[1])
+    places = batch * cdiv(H, stride[0]) * cdiv(W, stride[1])
     steps = kept * taps * bo // (chunks * groups * classes * tile.k)
-    parts = parts_of(tile.split, steps)
+    parts = parts_of(tile.split, steps // least)
     work = out if parts == 1 else grad.new_empty(parts, *out.shape, dtype=torch.float32)
     pixels = pixels_of(grad)
     width_n = pixels.shape[3]
     with torch.cuda.device_of(grad):
         block_conv2d_grad_x_kernel[
-            (triton.cdiv(places, tile.m) * chunks * groups, parts, classes)
+            (cdiv(places, tile.m) * chunks * groups, parts, classes)
         ](
             pixels, values, offsets, blocks, rows_of, order, work,
             batch, H, W, C, height, width, width_n, chunks, rows // groups, shape[1],

@@ -112,6 +112,18 @@ def test_1x1_kernels_are_linear_layers(device, check, monkeypatch):
     assert len(taken) == 1
 
 
+@each_kernel
+def test_parts_are_cut_and_added_up(device, check, monkeypatch):
+    cut = []
+    for module in (kernel, grad_x, grad_values):
+        finish = module.finish
+        spy = lambda work, *rest, finish=finish: cut.append(len(work)) or finish(work, *rest)  # noqa: E731
+        monkeypatch.setattr(module, "finish", spy)
+    case = Case(64, 64, size=(8, 8), density=1.0)
+    check(case, torch.float32, device, tiles.Tile(64, 0, 32, warps=4, stages=2, split=4))
+    assert cut == [4]
+
+
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("tile", [WHOLE, SPLIT], ids=["whole", "split"])
 def test_bias_and_relu_keep_nan(device, bias, tile):
