@@ -119,16 +119,21 @@ few epochs, cut once, and fine-tuned for less than an epoch; longer training nar
 to read off is the order of the masks and about how far apart they are. Differences below the spread
 of the seeds (in brackets: lowest to highest) are none; where there is one seed, no spread is known.
 
+- "VGG-like" is a short, narrow one: 3x3 convolutions 3-80-80-160-160 with BatchNorm and three
+  pools, then 2560-320-10.
 - LeNet-5's second convolution is 50 x 20, too small for such blocks: it has blocks of 10x5 in both
   rows. Where the sides of a block do not divide a layer, the last blocks are smaller. A layer keeps
-  at least one block: in blocks of 32x32 the other net's second convolution, 80 x 80, keeps 16 % of
-  its weights where 10 or 5 % were asked for. Where what is kept over all layers is off by more than
-  3 %, the cell says how much it is.
+  at least one block; one of 32x32 is 16 % of the 80 x 80 convolution. Where what is kept over all
+  layers is off by more than 3 %, the cell says how much it is.
 - V:N:M, N = 2: M = 4, 8, 20 and 40 keep 50, 25, 10 and 5 %. Where M does not divide the input
   channels of a layer there is no such mask (-): LeNet-5's second convolution has 20. They choose
   at every position of a kernel anew; blocks keep or drop whole kernels.
 - `cluster_` raises the kept mass. Kept mass is not accuracy: in most cells more of it is more
   accuracy, not in all.
+- 10.00 % on CIFAR-10 before and after fine-tuning (11.35 % on MNIST) is a net that was cut through:
+  where a layer keeps one or two blocks, the next may read none of the channels that are left, and
+  the answer is a constant. Nothing here looks across layers for that, clustering neither. Single
+  weights and V:N:M panels, which keep something of every row, do not meet it here.
 - BatchNorm statistics are renewed on 1,000 training samples before the first evaluation.
 - NNrelief scores every weight by itself here; its own use prunes whole kernels of convolutions,
   by mass and not by ratio.
