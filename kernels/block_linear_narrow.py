@@ -74,19 +74,28 @@ def narrow_kernel(
         acc = tl.zeros((BLOCK_M, PANEL), tl.float32)
     for step in range(tl.cdiv(last - first, TOGETHER)):
         inside = (place < last) & (column < K)  # the last column of blocks may be ragged
-        x = tl.load(
-            x_ptr + column.to(tl.int64)[:, None] * stride + m[None, :],
-            mask=inside[:, None] & (m < stride)[None, :], other=0.0,
-        )  # fmt: skip
         at = (first + step * TOGETHER).to(tl.int64) * (CHUNK * PANEL)
-        w = tl.load(
-            values_ptr + at + k[:, None] * PANEL + n[None, :], mask=(place < last)[:, None],
-            other=0.0,
-        )  # fmt: skip
+        # The first operand is turned by its addresses: sm_80 copies it asynchronously only so.
         if WEIGHT_FIRST:
-            acc = tl.dot(tl.trans(w), x, acc, input_precision=PRECISION)
+            x = tl.load(
+                x_ptr + column.to(tl.int64)[:, None] * stride + m[None, :],
+                mask=inside[:, None] & (m < stride)[None, :], other=0.0,
+            )  # fmt: skip
+            w = tl.load(
+                values_ptr + at + n[:, None] + k[None, :] * PANEL, mask=(place < last)[None, :],
+                other=0.0,
+            )  # fmt: skip
+            acc = tl.dot(w, x, acc, input_precision=PRECISION)
         else:
-            acc = tl.dot(tl.trans(x), w, acc, input_precision=PRECISION)
+            x = tl.load(
+                x_ptr + m[:, None] + column.to(tl.int64)[None, :] * stride,
+                mask=(m < stride)[:, None] & inside[None, :], other=0.0,
+            )  # fmt: skip
+            w = tl.load(
+                values_ptr + at + k[:, None] * PANEL + n[None, :], mask=(place < last)[:, None],
+                other=0.0,
+            )  # fmt: skip
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
         place += TOGETHER
         column = tl.load(columns_ptr + place, mask=place < last, other=0) * CHUNK + k % CHUNK
 

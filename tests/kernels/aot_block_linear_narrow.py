@@ -46,8 +46,7 @@ def narrow_case(op: str, arch: int, name: str, dtype: torch.dtype, height: int, 
         signature["bias_ptr"] = f"*{name}"
     else:
         constants["bias_ptr"] = None
-    # float32 is copied number by number: tensor cores take it only with its k side by side.
-    pieces = (tile.m + height) * tile.k * dtype.itemsize // 16 if name == "bf16" else 0
+    pieces = (tile.m + height) * tile.k * dtype.itemsize // 16
     return Case(
         op=op,
         variant=f"{name}, {tile.m}x{height}x{tile.k}{'' if whole else ', parts'}",
