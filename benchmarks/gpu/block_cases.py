@@ -22,7 +22,8 @@ MANY = ((8192, 4096, 4096), (64 * 197, 3072, 768))
 FEW = ((1, 14336, 4096), (16, 14336, 4096), (64, 14336, 4096))
 # (batch, in and out channels, side of the picture, stride)
 CONVS = ((64, 256, 28, 1), (64, 512, 14, 1), (1, 256, 28, 1), (64, 256, 28, 2), (64, 128, 28, 1))
-CONV_BLOCK = (64, 32)
+# Every tap reads the picture again, so taller panels need fewer reads.
+CONV_BLOCKS = ((128, 32), (64, 32))
 # torch.compile tunes for some seconds per shape: one of each kind is enough to know it.
 COMPILED = {MANY[0], FEW[1]}
 
@@ -111,32 +112,34 @@ def _bsr_calls(dense: _Dense, pruned: list[Tensor], block: tuple[int, int]) -> d
 
 def conv_cases() -> Iterator[Case]:
     """Yield 3x3 convolutions in channels_last with panels of output channels removed."""
-    for batch, channels, side, stride in CONVS:
-        for sparsity in SPARSITIES:
-            yield _conv_case(batch, channels, side, stride, sparsity)
+    for size in CONVS:
+        for block in CONV_BLOCKS:
+            for sparsity in SPARSITIES:
+                yield _conv_case(size, block, sparsity)
 
 
-def _conv_case(batch: int, channels: int, side: int, stride: int, sparsity: float) -> Case:
+def _conv_case(size: tuple[int, int, int, int], block: tuple[int, int], sparsity: float) -> Case:
+    batch, channels, side, stride = size
     options = {"device": rows.DEVICE, "dtype": DTYPE}
     set_bytes = (batch * channels * side * side + 9 * channels * channels) * DTYPE.itemsize
     sets = min(16, sets_needed(set_bytes, rows.l2_bytes()))
     x = [_picture(batch, channels, side, options) for _ in range(sets)]
-    mask = random_blocks(channels, channels, CONV_BLOCK, 1 - sparsity)
+    mask = random_blocks(channels, channels, block, 1 - sparsity)
     scale = (9 * channels) ** -0.5
     full = [_last(torch.randn(channels, channels, 3, 3, **options) * scale) for _ in range(sets)]
     pruned = [_last(w * mask[:, :, None, None]) for w in full]
-    packed = [formats.BlockKernels.from_dense(w, block=CONV_BLOCK) for w in pruned]
+    packed = [formats.BlockKernels.from_dense(w, block=block) for w in pruned]
     bias = torch.randn(channels, **options)
-    size = {"stride": stride, "padding": 1}
+    place = {"stride": stride, "padding": 1}
 
-    want = F.conv2d(x[0].double(), pruned[0].double(), bias.double(), **size)
+    want = F.conv2d(x[0].double(), pruned[0].double(), bias.double(), **place)
     check(
-        "block_conv2d", ops.block_conv2d(x[0], packed[0], bias, **size), want, tolerance_of(DTYPE)
+        "block_conv2d", ops.block_conv2d(x[0], packed[0], bias, **place), want, tolerance_of(DTYPE)
     )
-    ours = {"block_conv2d": lambda i: ops.block_conv2d(x[i], packed[i], bias, **size)}
+    ours = {"block_conv2d": lambda i: ops.block_conv2d(x[i], packed[i], bias, **place)}
     calls = {
-        "cuDNN": lambda i: F.conv2d(x[i], full[i], bias, **size),
-        "cuDNN, zeros in weight": lambda i: F.conv2d(x[i], pruned[i], bias, **size),
+        "cuDNN": lambda i: F.conv2d(x[i], full[i], bias, **place),
+        "cuDNN, zeros in weight": lambda i: F.conv2d(x[i], pruned[i], bias, **place),
     }
     flops = 2.0 * want.numel() * channels * 9
     moved = (x[0].numel() + want.numel()) * DTYPE.itemsize
@@ -144,10 +147,10 @@ def _conv_case(batch: int, channels: int, side: int, stride: int, sparsity: floa
     work["block_conv2d"] = ((1 - sparsity) * flops, float(moved + packed[0].nbytes))
     where = {
         "op": "block_conv2d", "sparsity": sparsity, "batch": batch, "channels": channels,
-        "side": side, "stride": stride,
+        "side": side, "stride": stride, "block": _times(block),
     }  # fmt: skip
-    about = f"{batch} x {channels} at {side}x{side}, stride {stride}"
-    name = f"{about} {short(DTYPE)}, {100 * sparsity:.0f} %"
+    about = f"{batch} x {channels} at {side}x{side}, stride {stride} {short(DTYPE)}"
+    name = f"{about}, blocks {_times(block)}, {100 * sparsity:.0f} %"
     return Case("block_conv2d", name, where, ours, calls, {}, work, sets)
 
 

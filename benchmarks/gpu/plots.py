@@ -41,7 +41,7 @@ def curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[float, float]]]]:
             n, k = where["shape"]
             panel, line = f"{where['tokens']} tokens, {n}x{k}", where["block"]
         elif where["op"] == "block_conv2d":
-            panel = "3x3 convolutions"
+            panel = f"3x3 convolutions, {where['block']}"
             line = f"{where['batch']} x {where['channels']} at {where['side']}, /{where['stride']}"
         else:
             continue

@@ -73,8 +73,8 @@ def _all() -> Iterator[Target]:
     where = {"op": "block_linear", "tokens": FEW, "block": ("64x64", "32x32", "16x16")}
     case = "blocks, 1 and 16 tokens, 117 MB dense"
     yield from _ladder(case, where, "block_linear", (1.7, 2.8, 4.5, 6.0), none)
-    where = {"op": "block_conv2d", "channels": (256, 512)}
-    case = "3x3 convolution, panels, 256 channels and more"
+    where = {"op": "block_conv2d", "channels": (256, 512), "block": "128x32"}
+    case = "3x3 convolution, panels of 128, 256 channels and more"
     yield from _ladder(case, where, "block_conv2d", (1.4, 2.6, 4.5, 7.0), none)
     plain = ("cuBLAS, dense weight", "cuBLAS, zeros in weight")
     where = {"op": "masked_linear", "mask": "random 1.0"}

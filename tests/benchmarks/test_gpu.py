@@ -13,7 +13,7 @@ SMALL = {
     "block_cases": {
         "DTYPE": torch.float32, "SPARSITIES": (0.5,), "BLOCKS": ((16, 16), (16, 1)),
         "MANY": ((9, 40, 70),), "FEW": ((2, 40, 70),),
-        "CONVS": ((2, 20, 6, 1), (2, 20, 6, 2)), "CONV_BLOCK": (16, 16),
+        "CONVS": ((2, 20, 6, 1), (2, 20, 6, 2)), "CONV_BLOCKS": ((16, 16),),
     },
     "masked_cases": {
         "MASKED": [((4, 130, 70), torch.float32, kind) for kind in ("random 0.5", "block 0.5")]
