@@ -132,8 +132,9 @@ of the seeds (in brackets: lowest to highest) are none; where there is one seed,
   accuracy, not in all.
 - 10.00 % on CIFAR-10 before and after fine-tuning (11.35 % on MNIST) is a net that was cut through:
   where a layer keeps one or two blocks, the next may read none of the channels that are left, and
-  the answer is a constant. Nothing here looks across layers for that, clustering neither. Single
-  weights and V:N:M panels, which keep something of every row, do not meet it here.
+  the answer is a constant. `prune_` says so in its notes, but neither it nor `cluster_` looks
+  across layers to avoid it. Single weights and V:N:M panels, which keep something of every row, do
+  not meet it here.
 - BatchNorm statistics are renewed on 1,000 training samples before the first evaluation.
 - NNrelief scores every weight by itself here; its own use prunes whole kernels of convolutions,
   by mass and not by ratio.

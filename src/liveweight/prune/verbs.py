@@ -11,6 +11,7 @@ from liveweight._graph import Graph, GraphError, trace
 from liveweight.prune import residual
 from liveweight.prune.activity import observe
 from liveweight.prune.batches import Batches
+from liveweight.prune.cut import cut_layers
 from liveweight.prune.importances import (
     SCORED,
     Importance,
@@ -164,9 +165,20 @@ def prune_(
             absorb_(module)
         plan = Plan(model, targets)
         more = _fill(plan, importance, rule, data, steps, left)
+        more += _cut_through(model) if rule.structure is not None else []
         report = _report(plan, importance, rule, left, notes + more)
     report.dry_run = dry_run
     return report
+
+
+def _cut_through(model: nn.Module) -> list[str]:
+    cut = cut_layers(model)
+    if not cut:
+        return []
+    return [
+        f"nothing of the input reaches '{cut[0]}' any more: it reads only what the layers before "
+        "it no longer compute; keep more, or take smaller blocks"
+    ]
 
 
 def _trace_for(model: nn.Module, importance: Importance, rule: Rule) -> tuple[Graph | None, list]:
