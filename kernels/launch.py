@@ -25,10 +25,12 @@ def arch_of(x: Tensor) -> int:
 def precision(dtype: torch.dtype) -> str:
     """Return Triton's name of the way products of this dtype are taken.
 
-    float32 takes three TF32 products ("tf32x3", about float32's accuracy) where
-    torch.get_float32_matmul_precision() is "highest", else one. Other dtypes do not mind.
+    float32 takes three TF32 products ("tf32x3", about float32's accuracy), or one where PyTorch's
+    matrix products may: torch.set_float32_matmul_precision("high"), or
+    torch.backends.cuda.matmul.fp32_precision = "tf32". Other dtypes do not mind.
     """
-    exact = torch.get_float32_matmul_precision() == "highest"
+    # Reading it the older way raises once a user has set it the newer way; this knows both.
+    exact = torch.backends.cuda.matmul.fp32_precision != "tf32"
     return "tf32x3" if dtype == torch.float32 and exact else "tf32"
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check_operand
+from .launch import cdiv, check_operand
 
 # Words that one step of the listing kernel reads: 32 for each of its threads.
 _WORDS_A_STEP = 8192
@@ -119,11 +119,11 @@ def pack(mask: Tensor) -> Tensor:
     Raises ValueError (shape, strides) and TypeError (dtype).
     """
     check_operand("pack_mask_bits", "mask", mask, (len(mask), mask.shape[-1]), mask, torch.bool)
-    (N, K), words = mask.shape, triton.cdiv(mask.shape[1], 32)
+    (N, K), words = mask.shape, cdiv(mask.shape[1], 32)
     bits = mask.new_empty(N, words, dtype=torch.int32)
     if bits.numel():
         with torch.cuda.device_of(mask):
-            pack_kernel[(triton.cdiv(bits.numel(), _PACKED),)](
+            pack_kernel[(cdiv(bits.numel(), _PACKED),)](
                 mask.view(torch.int8), bits, bits.numel(), K, words, WORDS=_PACKED, num_warps=4
             )
     return bits
@@ -150,7 +150,7 @@ def list_tiles(
                counts [panels, 2] int32, how many there are
     """
     N, words = mask_bits.shape
-    across, down = triton.cdiv(K, columns), triton.cdiv(N, rows)
+    across, down = cdiv(K, columns), cdiv(N, rows)
     panels, steps = (across, down) if turned else (down, across)
     lists = mask_bits.new_empty(panels, 2, steps + 1)
     counts = mask_bits.new_empty(panels, 2)

@@ -26,7 +26,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .epilogue import finish, store_tile
-from .launch import arch_of, check_dtype, check_operand, parts_of, precision, tma_reads
+from .launch import arch_of, cdiv, check_dtype, check_operand, parts_of, precision, tma_reads
 from .mask_bits import INTERPRETED, list_tiles, load_bits, select_kept
 from .tiles import Tile, pick_tile
 
@@ -178,7 +178,7 @@ def _check(op: str, name: str, x: Tensor, weight: Tensor, mask_bits: Tensor, wid
     N, K = weight.shape
     check_operand(op, "weight", weight, (N, K), x, x.dtype)
     check_operand(op, name, x, (x.shape[0], width), weight, weight.dtype)
-    check_operand(op, "mask_bits", mask_bits, (N, triton.cdiv(K, 32)), x, torch.int32)
+    check_operand(op, "mask_bits", mask_bits, (N, cdiv(K, 32)), x, torch.int32)
 
 
 def _multiply(
@@ -204,7 +204,7 @@ def _multiply(
         operands = map(TensorDescriptor.from_tensor, operands, boxes)
     fused = bias if parts == 1 else None
     with torch.cuda.device_of(x):
-        masked_product_kernel[(triton.cdiv(M, tile.m) * lists.shape[0], parts)](
+        masked_product_kernel[(cdiv(M, tile.m) * lists.shape[0], parts)](
             *operands, mask_bits, fused, lists, counts, out, M, N, K, mask_bits.shape[1],
             lists.shape[2] - 1, TURNED=turned, HAS_BIAS=fused is not None,
             # Where nothing depends on it, "even": every value is a compilation.

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .epilogue import finish
-from .launch import arch_of, check_dtype, check_operand, parts_of, precision, tma_reads
+from .launch import arch_of, cdiv, check_dtype, check_operand, parts_of, precision, tma_reads
 from .mask_bits import load_bits, select_kept
 from .masked_linear import load_tile
 from .tiles import Tile, pick_tile
@@ -79,14 +79,14 @@ def launch_grad_weight(
     (M, K), N = x.shape, grad.shape[-1]
     check_operand(_OP, "x", x, (M, K), grad, grad.dtype)
     check_operand(_OP, "grad", grad, (M, N), x, x.dtype)
-    check_operand(_OP, "mask_bits", mask_bits, (N, triton.cdiv(K, 32)), x, torch.int32)
+    check_operand(_OP, "mask_bits", mask_bits, (N, cdiv(K, 32)), x, torch.int32)
     out = x.new_empty(N, K)
     if out.numel() == 0:
         return out
     if M == 0:
         return out.zero_()
     tile = tile or pick_tile(_OP, (N, K, M), 1.0, x.dtype, arch_of(x))
-    parts = parts_of(tile.split, triton.cdiv(M, tile.k))
+    parts = parts_of(tile.split, cdiv(M, tile.k))
     sums = out if parts == 1 else x.new_empty(parts, N, K, dtype=torch.float32)
     tma = tile.tma and tma_reads(grad) and tma_reads(x)
     operands = (grad, x)
@@ -94,7 +94,7 @@ def launch_grad_weight(
         boxes = ([tile.k, tile.m], [tile.k, tile.n])
         operands = map(TensorDescriptor.from_tensor, operands, boxes)
     with torch.cuda.device_of(x):
-        masked_grad_kernel[(triton.cdiv(N, tile.m) * triton.cdiv(K, tile.n), parts)](
+        masked_grad_kernel[(cdiv(N, tile.m) * cdiv(K, tile.n), parts)](
             *operands, mask_bits, sums, M, N, K, mask_bits.shape[1],
             # Descriptors end by themselves, so there nothing depends on it: one compilation less.
             EVEN_M=tma or M % tile.k == 0, EVEN_N=tma or N % tile.m == 0,

@@ -150,8 +150,8 @@ def _tensor_difference(a: Tensor, b: Tensor) -> str | None:
 
 def _tolerance(tensor: Tensor) -> float:
     if tensor.is_cuda and tensor.dtype == torch.float32:
-        matmul_exact = torch.get_float32_matmul_precision() == "highest"
-        if torch.backends.cudnn.allow_tf32 or not matmul_exact:
+        settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+        if any(part.fp32_precision == "tf32" for part in settings):
             return TOLERANCE_TF32
     return TOLERANCE.get(tensor.dtype, 1e-4)
 
