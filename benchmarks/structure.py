@@ -36,7 +36,9 @@ OUT = pathlib.Path(__file__).with_name("results") / "structure"
 PANEL = 16  # rows of a V:N:M panel
 GROUPS = {0.5: 4, 0.75: 8, 0.9: 20, 0.95: 40}  # M by sparsity: 2 / M are kept
 SMALL = (10, 5)  # for LeNet-5's second convolution, 50 x 20: 20 blocks
-LENET_BLOCKS = tuple((f"blocks {n}x{n}", {"conv": SMALL, "linear": (n, n)}) for n in (16, 32))
+LENET_BLOCKS = tuple(
+    (f"blocks {h}x{w}", {"conv": SMALL, "linear": (h, w)}) for h, w in ((16, 16), (32, 32), (64, 1))
+)
 VGG_BLOCKS = tuple((f"blocks {n}x{n}", {"conv": (n, n), "linear": (n, n)}) for n in (16, 32))
 
 

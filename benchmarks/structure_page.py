@@ -12,6 +12,8 @@ STYLES = {
     "blocks 16x16, clustered": ("#c2410c", "s", "-"),
     "blocks 32x32": ("#1d6fa5", "D", "--"),
     "blocks 32x32, clustered": ("#1d6fa5", "D", "-"),
+    "blocks 64x1": ("#7b4fa3", "v", "--"),
+    "blocks 64x1, clustered": ("#7b4fa3", "v", "-"),
     "V:N:M, V = 16": ("#1b7f4d", "^", "-"),
 }
 
@@ -121,7 +123,7 @@ of the seeds (in brackets: lowest to highest) are none; where there is one seed,
 
 - "VGG-like" is a short, narrow one: 3x3 convolutions 3-80-80-160-160 with BatchNorm and three
   pools, then 2560-320-10.
-- LeNet-5's second convolution is 50 x 20, too small for such blocks: it has blocks of 10x5 in both
+- LeNet-5's second convolution is 50 x 20, too small for such blocks: it has blocks of 10x5 in all
   rows. Where the sides of a block do not divide a layer, the last blocks are smaller. A layer keeps
   at least one block; one of 32x32 is 16 % of the 80 x 80 convolution. Where what is kept over all
   layers is off by more than 3 %, the cell says how much it is.

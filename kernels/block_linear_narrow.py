@@ -1,10 +1,11 @@
 """block_linear in Triton for blocks that are narrow: panels of rows by 1, 2, 4 or 8 columns.
 
-Narrow blocks keep more of what a weight's scores are about than square ones of equal size, and
-V:N:M masks are such panels. In x [M, K] the columns that a panel keeps are scattered numbers; in
-x turned, [K, M], each is a row of neighbours. So x is turned first, one read and one write of it,
-unless it lies turned already (batch_last), and a program gathers whole rows. Panels of 64 rows and
-more are the first operand, so that few tokens fill a tile; smaller ones the second.
+Tall panels read x least often, and narrow ones ask no neighbouring columns to go together: blocks
+of 64 x 1 cost no more accuracy than those of 16 x 16 (benchmarks/results/structure); V:N:M masks
+are such panels. In x [M, K] the columns that a panel keeps are scattered numbers; in x turned,
+[K, M], each is a row of neighbours. So x is turned first, one read and one write of it, unless it
+lies turned already (batch_last), and a program gathers whole rows. Panels of 64 rows and more are
+the first operand, so that few tokens fill a tile; smaller ones the second.
 
 Floor: that of the same number of kept weights in blocks as tall, plus the bytes of turning x.
 """
