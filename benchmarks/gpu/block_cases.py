@@ -24,15 +24,18 @@ FEW = ((1, 14336, 4096), (16, 14336, 4096), (64, 14336, 4096))
 CONVS = ((64, 256, 28, 1), (64, 512, 14, 1), (1, 256, 28, 1), (64, 256, 28, 2), (64, 128, 28, 1))
 # Every tap reads the picture again, so taller panels need fewer reads.
 CONV_BLOCKS = ((128, 32), (64, 32))
+# What is timed beside the first shape, for which all blocks are: a GPU's minutes are few.
+OTHER_MANY, OTHER_FEW = BLOCKS[:1], (BLOCKS[0], BLOCKS[2])
 # torch.compile tunes for some seconds per shape: one of each kind is enough to know it.
 COMPILED = {MANY[0], FEW[1]}
 
 
 def linear_cases() -> Iterator[Case]:
     """Yield blocks of each size at each sparsity, first for many tokens, then for few."""
-    for shape in (*MANY, *FEW):
+    for i, shape in enumerate((*MANY, *FEW)):
         dense = _Dense(shape)
-        for block in BLOCKS:
+        others = OTHER_MANY if shape in MANY else OTHER_FEW
+        for block in others if i else BLOCKS:
             for sparsity in SPARSITIES:
                 yield _linear_case(dense, block, sparsity)
 
@@ -112,8 +115,8 @@ def _bsr_calls(dense: _Dense, pruned: list[Tensor], block: tuple[int, int]) -> d
 
 def conv_cases() -> Iterator[Case]:
     """Yield 3x3 convolutions in channels_last with panels of output channels removed."""
-    for size in CONVS:
-        for block in CONV_BLOCKS:
+    for i, size in enumerate(CONVS):
+        for block in CONV_BLOCKS[:1] if i else CONV_BLOCKS:
             for sparsity in SPARSITIES:
                 yield _conv_case(size, block, sparsity)
 

@@ -18,7 +18,7 @@ DTYPE = torch.bfloat16
 VIT_S = (384, 1536, 64 * 197)
 BLOCK = (64, 64)
 # name -> (sparsity, tokens or pictures)
-NETS = (("ViT-S MLP x 4", 0.8), ("ViT-S MLP x 4", 0.9), ("wide MLP", 0.9), ("conv stack", 0.9))
+NETS = (("ViT-S MLP x 4", 0.9), ("conv stack", 0.9), ("wide MLP", 0.9))
 
 
 def keep_blocks_(layer: nn.Module, block: tuple[int, int], density: float, seed: int = 0) -> None:

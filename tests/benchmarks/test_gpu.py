@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = {
     "block_cases": {
         "DTYPE": torch.float32, "SPARSITIES": (0.5,), "BLOCKS": ((16, 16), (16, 1)),
+        "OTHER_MANY": (), "OTHER_FEW": ((16, 1),),
         "MANY": ((9, 40, 70),), "FEW": ((2, 40, 70),),
         "CONVS": ((2, 20, 6, 1), (2, 20, 6, 2)), "CONV_BLOCKS": ((16, 16),),
     },
@@ -118,7 +119,7 @@ def test_targets_take_our_fastest_call_and_the_worst_case(load):
     assert (many.measured, many.words, many.cases, many.worst) == (1.0, "missed", 2, "d")
 
 
-def test_every_case_of_the_issue_has_a_target(load):
+def test_every_kind_of_case_has_a_target(load):
     targets = load("targets").TARGETS
     ops = {t.where["op"] for t in targets}
     assert ops == {"block_linear", "block_conv2d", "masked_linear", "training step", "compress_"}
