@@ -27,7 +27,7 @@ from . import block_linear
 from .block_conv2d_checks import Conv, copy_width, guard, pixels_of
 from .block_conv2d_steps import find_reach, find_step, load_seen
 from .epilogue import activate, finish
-from .launch import arch_of, cdiv, parts_of, precision
+from .launch import arch_of, cdiv, conv_precision, parts_of
 from .tiles import Tile, pick_tile
 
 GROUP_M = 32  # tiles of outputs that go through all panels together, while x is in the L2 cache
@@ -129,7 +129,8 @@ def launch(
     tile         sizes of a program's work (n is bo, whatever it says); None takes pick_tile's, or
                  for 1x1 kernels of stride 1 without padding and groups block_linear's kernel
 
-    Sums in float32; float32 products as in launch.precision. Deterministic; runs on the current
+    Sums in float32; float32 products as in launch.conv_precision, of 1x1 kernels that run
+    as a product as in launch.precision. Deterministic; runs on the current
     stream. Raises TypeError and ValueError where an operand does not fit; what the indices hold is
     not looked at.
     """
@@ -164,7 +165,7 @@ def launch(
             *stride, *padding, *dilation,
             KH=shape[2], KW=shape[3], CHUNK=bc, PANEL=bo, EVEN_C=channels % bc == 0,
             VECTOR=copy_width(x.dtype), HAS_BIAS=ends[0] is not None, ACTIVATION=ends[1],
-            PRECISION=precision(x.dtype), PARTS=parts, BLOCK_M=tile.m, BLOCK_K=tile.k,
+            PRECISION=conv_precision(x.dtype), PARTS=parts, BLOCK_M=tile.m, BLOCK_K=tile.k,
             GROUP_M=GROUP_M, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     if parts > 1:

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import block_linear, block_linear_grad
 from .block_conv2d_checks import Conv, copy_width, guard, pixels_of
 from .epilogue import finish
-from .launch import arch_of, cdiv, parts_of, precision
+from .launch import arch_of, cdiv, conv_precision, parts_of
 from .tiles import Tile, pick_tile
 
 _OP = "block_conv2d_grad_values"
@@ -152,7 +152,7 @@ def launch(
             *find_magic(height * width), *find_magic(width), *stride, *padding, *dilation,
             KH=shape[2], KW=shape[3], CHUNK=bc, PANEL=bo, EVEN_C=C // groups % bc == 0,
             EVEN_N=N % bo == 0, VECTOR=wide,
-            PRECISION=precision(x.dtype), PARTS=parts, BLOCK_M=block_m, BLOCK_K=tile.k,
+            PRECISION=conv_precision(x.dtype), PARTS=parts, BLOCK_M=block_m, BLOCK_K=tile.k,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     if parts > 1:

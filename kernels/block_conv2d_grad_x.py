@@ -20,7 +20,7 @@ from .block_conv2d import GROUP_M, find_place
 from .block_conv2d_checks import Conv, copy_width, guard, pixels_of
 from .block_conv2d_steps import find_reach, find_step, load_seen
 from .epilogue import finish
-from .launch import arch_of, cdiv, parts_of, precision
+from .launch import arch_of, cdiv, conv_precision, parts_of
 from .tiles import Tile, pick_tile
 
 _OP = "block_conv2d_grad_x"
@@ -201,7 +201,7 @@ def launch(
             *stride, *padding, *dilation, *every,
             KH=shape[2], KW=shape[3], CHUNK=bo, PANEL=bc, GROUPS=groups, STRIDED=classes > 1,
             EVEN_N=width_n % bo == 0, VECTOR=copy_width(grad.dtype),
-            PRECISION=precision(grad.dtype), PARTS=parts, BLOCK_M=tile.m, BLOCK_K=tile.k,
+            PRECISION=conv_precision(grad.dtype), PARTS=parts, BLOCK_M=tile.m, BLOCK_K=tile.k,
             GROUP_M=GROUP_M,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

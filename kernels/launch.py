@@ -34,6 +34,17 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 and exact else "tf32"
 
 
+def conv_precision(dtype: torch.dtype) -> str:
+    """Return Triton's name of the way a convolution's products of this dtype are taken.
+
+    As precision does, by PyTorch's own setting for convolutions, which allows one TF32 product
+    unless it is told otherwise: torch.backends.cudnn.allow_tf32 = False, or
+    torch.backends.cudnn.conv.fp32_precision = "ieee".
+    """
+    exact = torch.backends.cudnn.conv.fp32_precision != "tf32"
+    return "tf32x3" if dtype == torch.float32 and exact else "tf32"
+
+
 def check_operand(
     op: str, name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype
 ) -> None:

@@ -36,3 +36,12 @@ if not torch.cuda.is_available():
 def device() -> torch.device:
     """Where kernels run: the GPU, or the CPU by way of the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _exact_convolutions():
+    """Take float32 products of convolutions exactly: PyTorch's own setting allows TF32."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before

@@ -34,5 +34,12 @@ def test_the_newer_setting_is_followed(setting, wanted):
     assert launch.precision(torch.bfloat16) == "tf32"  # whatever it says, nothing is lost
 
 
+@pytest.mark.parametrize(("setting", "wanted"), [("ieee", "tf32x3"), ("tf32", "tf32")])
+def test_convolutions_follow_their_own_setting(setting, wanted):
+    torch.backends.cudnn.conv.fp32_precision = setting
+    assert launch.conv_precision(torch.float32) == wanted
+    assert launch.conv_precision(torch.float16) == "tf32"
+
+
 def test_division_rounds_up():
     assert [launch.cdiv(a, 4) for a in (0, 1, 4, 5)] == [0, 1, 1, 2]

@@ -45,7 +45,9 @@ def block_conv2d(
     GPU kernel serves it where both sides of blocks are 16, 32, 64 or 128; every row of blocks reads
     x anew, so those of 64 and 128 filters are the fast ones. On a CPU plain PyTorch serves it, and
     kernelwise_conv2d is the faster op. The index values of weight are not checked here:
-    BlockKernels.from_dense and BlockKernels.validate vouch for them.
+    BlockKernels.from_dense and BlockKernels.validate vouch for them. On a GPU float32 products are
+    taken as PyTorch's own convolutions take them: in TF32, unless torch.backends.cudnn.allow_tf32
+    is False.
     Raises ValueError (shapes, sizes, names) and TypeError (types, dtypes).
     """
     if not isinstance(weight, BlockKernels):
