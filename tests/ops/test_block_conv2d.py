@@ -138,7 +138,7 @@ def test_messages():
         (ValueError, "bias is on meta, expected cpu", (x, packed, bias.to("meta")), {}),
         (ValueError, r"expected bias \[32\]", (x, packed, bias[:5]), {}),
         (TypeError, "expected bias float32", (x, packed, bias.half()), {}),
-        (ValueError, "stride must be >= 1", (x, packed), {"stride": 0}),
+        (ValueError, "^block_conv2d: stride must be >= 1", (x, packed), {"stride": 0}),
         (ValueError, "padding must be", (x, packed), {"padding": "same"}),
         (ValueError, "activation", (x, packed), {"activation": "gelu"}),
         (ValueError, "do not form groups=3", (x, packed), {"groups": 3}),

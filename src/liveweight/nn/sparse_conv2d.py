@@ -7,11 +7,12 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from liveweight._check import make_pair
 from liveweight.formats import BlockKernels, Kernelwise, UnstructuredKernels
 from liveweight.formats.block_kernels import GPU_COSTS
 from liveweight.nn.sparse_module import SparseModule, find_format, read_dense
 from liveweight.ops.block_conv2d import apply_block_conv, check_groups
-from liveweight.ops.kernelwise_conv2d import apply_kernelwise, check_pool, make_pair
+from liveweight.ops.kernelwise_conv2d import apply_kernelwise, check_pool
 from liveweight.ops.layout import layout_code
 from liveweight.ops.unstructured_conv2d import apply_unstructured_conv
 from liveweight.ops.unstructured_linear import check_activation
@@ -81,9 +82,9 @@ class SparseConv2d(SparseModule):
             check_groups(weight.shape, weight.block[0], groups)
         self.out_channels, self.in_channels = weight.shape[0], weight.shape[1] * groups
         self.kernel_size = weight.shape[2:]
-        self.stride = make_pair("stride", stride, 1)
-        self.padding = make_pair("padding", padding, 0)
-        self.dilation = make_pair("dilation", dilation, 1)
+        self.stride = make_pair("SparseConv2d", "stride", stride, 1)
+        self.padding = make_pair("SparseConv2d", "padding", padding, 0)
+        self.dilation = make_pair("SparseConv2d", "dilation", dilation, 1)
         self.groups = groups
         self.pool = check_pool(pool)
         layout_code("SparseConv2d", layout)

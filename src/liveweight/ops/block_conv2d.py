@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from liveweight import _library, reference
+from liveweight._check import cast_like, check_bias, make_pair
 from liveweight.formats import BlockKernels
-from liveweight.ops.kernelwise_conv2d import make_pair
-from liveweight.ops.unstructured_linear import check_activation, check_bias
+from liveweight.ops.unstructured_linear import check_activation
 from liveweight.reference.layouts import CHANNELS_LAST, empty_in
 
 Pair = tuple[int, int]
@@ -54,9 +54,9 @@ def block_conv2d(
         got = type(weight).__name__
         raise TypeError(f"{_NAME}: weight must be formats.BlockKernels, got {got}")
     sizes = (
-        make_pair("stride", stride, 1),
-        make_pair("padding", padding, 0),
-        make_pair("dilation", dilation, 1),
+        make_pair(_NAME, "stride", stride, 1),
+        make_pair(_NAME, "padding", padding, 0),
+        make_pair(_NAME, "dilation", dilation, 1),
     )
     relu = check_activation(activation)
     parts = (weight.values, weight.row_offsets, weight.columns, weight.schedule, weight.shape)
@@ -118,21 +118,13 @@ def _check(
     wanted, got = shape[1] * groups, tuple(x.shape)
     if x.dim() != 4 or x.size(1) != wanted:
         raise ValueError(f"{_NAME}: expected x [B, {wanted}, H, W] or one sample, got {got}")
-    for name, tensor in (("x", x), ("bias", bias)):
-        if isinstance(tensor, Tensor) and tensor.device != values.device:
-            got, like = tensor.device, values.device
-            raise ValueError(f"{_NAME}: {name} is on {got}, expected {like} like values")
+    if x.device != values.device:
+        raise ValueError(f"{_NAME}: x is on {x.device}, expected {values.device} like values")
     if x.dtype is not values.dtype:
-        if not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
-            raise TypeError(f"{_NAME}: expected x {_dtype(values)} like values, got {_dtype(x)}")
-        x = x.to(values.dtype)
+        x = cast_like(_NAME, x, values)
     if bias is not None:
-        check_bias(_NAME, bias, shape[0], values.dtype)
+        check_bias(_NAME, bias, shape[0], values)
     return x
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 class _BlockConv2d(torch.autograd.Function):

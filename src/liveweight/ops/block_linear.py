@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from liveweight import _library, reference
+from liveweight._check import cast_like, check_bias
 from liveweight.formats import Block
 from liveweight.formats.block import blocks_to_dense, cut_blocks
 from liveweight.formats.pattern import expand_rows
@@ -93,27 +94,10 @@ def _check(
     if x.device != values.device:
         raise ValueError(f"{_NAME}: x is on {x.device}, expected {values.device} like values")
     if x.dtype is not values.dtype:
-        if not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
-            raise TypeError(f"{_NAME}: expected x {_dtype(values)} like values, got {_dtype(x)}")
-        x = x.to(values.dtype)
+        x = cast_like(_NAME, x, values)
     if bias is not None:
-        _check_bias(bias, shape[0], values)
+        check_bias(_NAME, bias, shape[0], values)
     return x
-
-
-def _check_bias(bias: Tensor, size: int, values: Tensor) -> None:
-    if not isinstance(bias, Tensor):
-        raise TypeError(f"{_NAME}: bias must be a tensor or None, got {type(bias).__name__}")
-    if bias.dim() != 1 or bias.size(0) != size:
-        raise ValueError(f"{_NAME}: expected bias [{size}], got {tuple(bias.shape)}")
-    if bias.dtype is not values.dtype:
-        raise TypeError(f"{_NAME}: expected bias {_dtype(values)}, got {_dtype(bias)}")
-    if bias.device != values.device:
-        raise ValueError(f"{_NAME}: bias is on {bias.device}, expected {values.device} like values")
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _select(op, plain, x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)):

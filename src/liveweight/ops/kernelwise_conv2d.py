@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from liveweight import _library, reference
+from liveweight._check import cast_like, check_bias, make_pair
 from liveweight.formats import Kernelwise
 from liveweight.ops.layout import layout_code
-from liveweight.ops.unstructured_linear import check_activation, check_bias
+from liveweight.ops.unstructured_linear import check_activation
 from liveweight.reference.layouts import CONTIGUOUS, empty_in, find_layout
 
 Pair = tuple[int, int]
@@ -52,9 +53,9 @@ def kernelwise_conv2d(
         raise TypeError(f"{_NAME}: weight must be formats.Kernelwise, got {type(weight).__name__}")
     parts = (weight.values, weight.filter_offsets, weight.channels)
     sizes = (
-        make_pair("stride", stride, 1),
-        make_pair("padding", padding, 0),
-        make_pair("dilation", dilation, 1),
+        make_pair(_NAME, "stride", stride, 1),
+        make_pair(_NAME, "padding", padding, 0),
+        make_pair(_NAME, "dilation", dilation, 1),
     )
     relu = check_activation(activation)
     check_pool(pool)
@@ -63,16 +64,6 @@ def kernelwise_conv2d(
         raise ValueError(f"{_NAME}: {weight.shape[0]} filters do not form groups={groups}")
     settings = (*sizes, groups, relu, pool, code)
     return apply_kernelwise(x, *parts, weight.shape[1] * groups, bias, *settings)
-
-
-def make_pair(name: str, value: int | Pair, least: int) -> Pair:
-    """Return value as (height, width); raise unless it is one or two whole numbers >= least."""
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
-        raise ValueError(f"{_NAME}: {name} must be a whole number or two, got {value!r}")
-    if min(pair) < least:
-        raise ValueError(f"{_NAME}: {name} must be >= {least}, got {value!r}")
-    return pair
 
 
 def check_pool(pool: int) -> int:
@@ -132,11 +123,9 @@ def _check(
         got = tuple(x.shape)
         raise ValueError(f"{_NAME}: expected x [B, {in_channels}, H, W] or one sample, got {got}")
     if x.dtype is not values.dtype:
-        if not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
-            raise TypeError(f"{_NAME}: expected x {_dtype(values)} like values, got {_dtype(x)}")
-        x = x.to(values.dtype)
+        x = cast_like(_NAME, x, values)
     if bias is not None:
-        check_bias(_NAME, bias, filter_offsets.numel() - 1, values.dtype)
+        check_bias(_NAME, bias, filter_offsets.numel() - 1, values)
     return x
 
 
@@ -147,10 +136,6 @@ def _raise_too_small(x, values, stride, padding, dilation, pool) -> None:
         f"padding {padding}, dilation {dilation}, pool {pool}: the convolution gives "
         f"{reference.conv2d_size(size, kernel, stride, padding, dilation)}"
     )
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _select(op, plain, x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)):

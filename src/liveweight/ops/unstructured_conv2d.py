@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from liveweight import _library, reference
+from liveweight._check import cast_like, check_bias, make_pair
 from liveweight.formats import UnstructuredKernels
-from liveweight.ops.unstructured_linear import check_activation, check_bias
+from liveweight.ops.unstructured_linear import check_activation
 
 Pair = tuple[int, int]
 _NAME = "unstructured_conv2d"
@@ -52,9 +53,9 @@ def unstructured_conv2d(
         raise TypeError(f"{_NAME}: weight must be formats.UnstructuredKernels, got {got}")
     parts = (weight.values, weight.columns, weight.segments, weight.offsets)
     sizes = (
-        _make_pair("stride", stride, 1),
-        _make_pair("padding", padding, 0),
-        _make_pair("dilation", dilation, 1),
+        make_pair(_NAME, "stride", stride, 1),
+        make_pair(_NAME, "padding", padding, 0),
+        make_pair(_NAME, "dilation", dilation, 1),
     )
     relu = check_activation(activation)
     if not isinstance(pool, int) or pool < 1:
@@ -66,16 +67,6 @@ def unstructured_conv2d(
     return apply_unstructured_conv(
         x, *parts, weight.shape, weight.tile, bias, *sizes, groups, relu, pool, layout
     )
-
-
-def _make_pair(name: str, value: int | Pair, least: int) -> Pair:
-    """Return value as (height, width); raise unless it is one or two whole numbers >= least."""
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
-        raise ValueError(f"{_NAME}: {name} must be a whole number or two, got {value!r}")
-    if min(pair) < least:
-        raise ValueError(f"{_NAME}: {name} must be >= {least}, got {value!r}")
-    return pair
 
 
 def apply_unstructured_conv(
@@ -124,11 +115,9 @@ def _check(
         wanted, got = shape[1] * groups, tuple(x.shape)
         raise ValueError(f"{_NAME}: expected x [B, {wanted}, H, W] or one sample, got {got}")
     if x.dtype is not values.dtype:
-        if not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
-            raise TypeError(f"{_NAME}: expected x {_dtype(values)} like values, got {_dtype(x)}")
-        x = x.to(values.dtype)
+        x = cast_like(_NAME, x, values)
     if bias is not None:
-        check_bias(_NAME, bias, shape[0], values.dtype)
+        check_bias(_NAME, bias, shape[0], values)
     return x
 
 
@@ -148,10 +137,6 @@ def _layout_of(x: Tensor) -> int:
     if x.is_contiguous(memory_format=torch.channels_last):
         return _CHANNELS_LAST
     return _BATCH_LAST if x.permute(1, 2, 3, 0).is_contiguous() else _CONTIGUOUS
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _run(op, plain, x: Tensor, *args) -> Tensor:

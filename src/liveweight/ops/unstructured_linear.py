@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from liveweight import _library, reference
+from liveweight._check import cast_like, check_bias
 from liveweight.formats import Unstructured
 from liveweight.ops.activation import activation_code
 from liveweight.ops.unstructured_linear_grad import FORWARD_DTYPES, UnstructuredLinear, select
@@ -83,23 +84,10 @@ def check_operands(
     if x.dim() == 0 or x.size(-1) != shape[1]:
         raise ValueError(f"{op}: expected x [..., {shape[1]}], got {tuple(x.shape)}")
     if x.dtype is not values.dtype:
-        if not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
-            raise TypeError(f"{op}: expected x {_dtype(values)} like values, got {_dtype(x)}")
-        x = x.to(values.dtype)
+        x = cast_like(op, x, values)
     if bias is not None:
-        check_bias(op, bias, shape[0], values.dtype)
+        check_bias(op, bias, shape[0], values)
     return x
-
-
-def check_bias(op: str, bias: Tensor, size: int, dtype: torch.dtype) -> None:
-    """Raise TypeError or ValueError unless bias is a tensor [size] of this dtype."""
-    if not isinstance(bias, Tensor):
-        raise TypeError(f"{op}: bias must be a tensor or None, got {type(bias).__name__}")
-    if bias.dim() != 1 or bias.size(0) != size:
-        raise ValueError(f"{op}: expected bias [{size}], got {tuple(bias.shape)}")
-    if bias.dtype is not dtype:
-        wanted = str(dtype).removeprefix("torch.")
-        raise TypeError(f"{op}: expected bias {wanted}, got {_dtype(bias)}")
 
 
 def check_activation(activation: str | None) -> bool:
@@ -109,10 +97,6 @@ def check_activation(activation: str | None) -> bool:
     if activation != "relu":
         raise ValueError(f"activation must be None or 'relu', got {activation!r}")
     return True
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _fake(
