@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable, Mapping
 
 from cpu.timing import geometric_mean
 
@@ -19,6 +20,16 @@ STYLE = {
 
 def draw(results: dict[str, dict], out: pathlib.Path) -> dict[str, str]:
     """Write the plots whose tables are there; return file name -> what it shows."""
+    return draw_all(PLOTS, {name: result["rows"] for name, result in results.items()}, out)
+
+
+def draw_all(
+    plots: Mapping[str, tuple[Callable, str]], rows: object, out: pathlib.Path
+) -> dict[str, str]:
+    """Write every plot that its function makes of the rows; return file name -> what it shows.
+
+    plots  name -> (function of pyplot and rows, which returns a figure or None; what it shows)
+    """
     try:
         import matplotlib
     except ImportError:
@@ -27,10 +38,9 @@ def draw(results: dict[str, dict], out: pathlib.Path) -> dict[str, str]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = {name: result["rows"] for name, result in results.items()}
     drawn = {}
     with plt.rc_context(STYLE):
-        for name, (make, text) in PLOTS.items():
+        for name, (make, text) in plots.items():
             figure = make(plt, rows)
             if figure is not None:
                 figure.savefig(out / f"{name}.png", bbox_inches="tight")

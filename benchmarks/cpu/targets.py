@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from cpu.timing import geometric_mean
 
@@ -30,9 +31,12 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """A target beside what was measured; worst: the row that decided."""
+    """A target, of a kind with floor and goal, beside what was measured.
 
-    target: Target
+    rows   how many rows or cases were found, worst: the one that decided
+    """
+
+    target: Any
     measured: float | None
     rows: int
     worst: str = ""

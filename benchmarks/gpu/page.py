@@ -50,7 +50,7 @@ def _targets(rows: Iterable[dict]) -> list[str]:
         goal = "" if t.goal is None else f"{t.goal:g}x"
         measured = "" if verdict.measured is None else f"{verdict.measured:.2f}x"
         word = f"**{verdict.words}**" if verdict.words == "missed" else verdict.words
-        cells = (t.case, f"{t.floor:g}x", goal, measured, word, verdict.cases or "", verdict.worst)
+        cells = (t.case, f"{t.floor:g}x", goal, measured, word, verdict.rows or "", verdict.worst)
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return lines
 

@@ -4,30 +4,14 @@ from __future__ import annotations
 
 import pathlib
 
-from cpu.plots import COLOURS, GREY, STYLE
+from cpu.plots import COLOURS, GREY, draw_all
 
 from gpu.page import roofline
 
 
 def draw(rows: list[dict], out: pathlib.Path) -> dict[str, str]:
     """Write the plots whose rows are there; return file name -> what it shows."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("matplotlib is missing: no plots")
-        return {}
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    drawn = {}
-    with plt.rc_context(STYLE):
-        for name, (make, text) in PLOTS.items():
-            figure = make(plt, rows)
-            if figure is not None:
-                figure.savefig(out / f"{name}.png", bbox_inches="tight")
-                plt.close(figure)
-                drawn[f"{name}.png"] = text
-    return drawn
+    return draw_all(PLOTS, rows, out)
 
 
 def curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[float, float]]]]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 
+from cpu.targets import Verdict
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -26,26 +28,6 @@ class Target:
     floor: float
     goal: float | None = None
     against: tuple[str, ...] | str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """A target beside what was measured; worst: the case that decided."""
-
-    target: Target
-    measured: float | None
-    cases: int
-    worst: str = ""
-
-    @property
-    def words(self) -> str:
-        """Return "goal", "floor", "missed" or "not measured"."""
-        if self.measured is None:
-            return "not measured"
-        if self.measured < self.target.floor:
-            return "missed"
-        goal = self.target.goal
-        return "goal" if goal is not None and self.measured >= goal else "floor"
 
 
 MANY, FEW = (8192, 64 * 197), (1, 16)

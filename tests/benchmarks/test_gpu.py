@@ -109,14 +109,14 @@ def test_targets_take_our_fastest_call_and_the_worst_case(load):
     found += [row("torch BSR", 3.0, "sparse")]
     verdicts = {v.target.case: v for v in targets.judge(found)}
     many = verdicts["blocks 64x64, many tokens, 50 %"]
-    assert (many.measured, many.words, many.cases) == (7.0 / 4.0, "goal", 1)
+    assert (many.measured, many.words, many.rows) == (7.0 / 4.0, "goal", 1)
     bsr = verdicts["block_linear against torch's own BSR kernels"]
     assert (bsr.measured, bsr.words) == (0.75, "missed")
     assert verdicts["compress_ on every net"].words == "not measured"
     slower = [row("block_linear 64x64", 5.0, case="d"), row("cuBLAS", 5.0, "dense", case="d")]
     verdicts = {v.target.case: v for v in targets.judge([*found, *slower])}
     many = verdicts["blocks 64x64, many tokens, 50 %"]
-    assert (many.measured, many.words, many.cases, many.worst) == (1.0, "missed", 2, "d")
+    assert (many.measured, many.words, many.rows, many.worst) == (1.0, "missed", 2, "d")
 
 
 def test_every_kind_of_case_has_a_target(load):
