@@ -27,7 +27,7 @@ def big(gpu, *shape):
     return torch.empty(*shape, device=gpu, dtype=torch.bfloat16).normal_()
 
 
-def close(got, want):
+def assert_close(got, want):
     assert (got.double() - want.double()).norm() <= 1e-2 * want.double().norm()
 
 
@@ -44,17 +44,17 @@ def test_many_inputs_of_block_linear(big_gpu):
     packed = formats.Block.from_dense(weight, block=(64, 64))
     packed.values.requires_grad_()
     y = ops.block_linear(x, packed)
-    close(y[-100:], F.linear(x[-100:].double(), weight.double()))
+    assert_close(y[-100:], F.linear(x[-100:].double(), weight.double()))
     y[-100:].sum().backward()
     want = x[-100:, -64:].double().sum(0)[:, None].expand(64, 64)
-    close(packed.values.grad[-1], want)
+    assert_close(packed.values.grad[-1], want)
 
 
 def test_many_outputs_of_block_linear(big_gpu):
     x, weight = big(big_gpu, ROWS, 64), sparse_weight(big_gpu, WIDTH, 64)
     y = ops.block_linear(x, formats.Block.from_dense(weight, block=(64, 64)))
     assert y.numel() > 2**31
-    close(y[-50:], F.linear(x[-50:].double(), weight.double()))
+    assert_close(y[-50:], F.linear(x[-50:].double(), weight.double()))
 
 
 def test_a_large_weight_of_masked_linear(big_gpu):
@@ -65,7 +65,7 @@ def test_a_large_weight_of_masked_linear(big_gpu):
     for start in range(0, ROWS, 4000):  # packing takes 8 bytes a weight
         bits[start : start + 4000] = ops.pack_mask_bits(rare[start : start + 4000])
     y = ops.masked_linear(x, weight, bits)
-    close(y[:, -100:], x.double()[:, ::64] @ weight[-100:, ::64].double().t())
+    assert_close(y[:, -100:], x.double()[:, ::64] @ weight[-100:, ::64].double().t())
 
 
 def test_many_pictures_of_block_conv2d(big_gpu):
@@ -73,4 +73,4 @@ def test_many_pictures_of_block_conv2d(big_gpu):
     weight = sparse_weight(big_gpu, 64, 256)[:, :, None, None] * big(big_gpu, 64, 256, 3, 3)
     packed = formats.BlockKernels.from_dense(weight, block=(64, 64))
     y = ops.block_conv2d(x, packed, padding=1)
-    close(y[-2:], F.conv2d(x[-2:].double(), weight.double(), padding=1))
+    assert_close(y[-2:], F.conv2d(x[-2:].double(), weight.double(), padding=1))
