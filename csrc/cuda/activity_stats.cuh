@@ -18,6 +18,7 @@
 #include <cstdint>
 
 #include "activity_plan.cuh"
+#include "launch.cuh"
 #include "ptx.cuh"
 
 namespace liveweight::cuda {
@@ -259,27 +260,25 @@ static __global__ void __launch_bounds__(kWarp* kCombineLines)
   }
 }
 
-// Both stages. launch(kernel, grid_x, grid_y, threads, arguments...) starts a kernel; partials
-// holds plan.splits * 4 * plan.width doubles. eps >= 0.
-template <typename T, typename Launch>
+// Both stages; partials holds plan.splits * 4 * plan.width doubles. eps >= 0.
+template <typename T>
 void activity_stats(const T* x, Extent e, const Plan& plan, double eps, double* partials,
                     double* stats, Launch launch) {
   constexpr int kWide = 16 / int(sizeof(T));
   // Rounded down, so that the comparison in float gives what one in double would.
   float threshold = float(eps);
   if (double(threshold) > eps) threshold = std::nextafter(threshold, 0.f);
+  const Shape shape{grid(plan.tiles, plan.splits), kThreads};
   if (plan.columns) {
     auto kernel = plan.vector == 1 ? column_stats<T, 1> : column_stats<T, kWide>;
-    launch(kernel, plan.tiles, plan.splits, kThreads, x, e.rows, plan.width, plan.per_split,
-           plan.across, threshold, partials);
+    launch(kernel, shape, x, e.rows, plan.width, plan.per_split, plan.across, threshold, partials);
   } else {
     const int misalignment = int(reinterpret_cast<uintptr_t>(x) % 16 / sizeof(T));
     auto kernel = plan.aligned ? run_stats<T, kWide, true> : run_stats<T, kWide, false>;
-    launch(kernel, plan.tiles, plan.splits, kThreads, x, e.rows, e.features,
-           int(e.run), int(plan.slots), plan.per_split, plan.group, misalignment, threshold,
-           partials);
+    launch(kernel, shape, x, e.rows, e.features, int(e.run), int(plan.slots), plan.per_split,
+           plan.group, misalignment, threshold, partials);
   }
-  launch(combine_stats, ceil_div(e.features, kWarp), int64_t(kStats), kWarp * kCombineLines,
+  launch(combine_stats, Shape{grid(ceil_div(e.features, kWarp), kStats), kWarp * kCombineLines},
          partials, plan.splits, e.features, plan.fold, stats);
 }
 

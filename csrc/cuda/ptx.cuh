@@ -1,7 +1,8 @@
 // One wrapper per PTX instruction: the instruction on the device, its meaning in C++ elsewhere.
 //
 // The second half is what the host emulator of tests/cuda_host executes. It is our reading of the
-// PTX manual, so each wrapper is also compared with the real instruction by a GPU test.
+// PTX manual, so each wrapper is also compared with the real instruction by a GPU test. Copies to
+// shared memory and the tensor cores are in ptx_copy.cuh and ptx_matrix.cuh.
 #pragma once
 
 #include <cstdint>
@@ -113,5 +114,135 @@ __host__ __device__ inline void widen(Vector16 v, float (&out)[8], Half) {
     out[2 * i + 1] = to_float(Half{uint16_t(v.word[i] >> 16)});
   }
 }
+
+// cvt.rn.bf16.f32 and cvt.rn.f16.f32: to the nearest, ties to even; every NaN becomes 0x7fff.
+template <typename T>
+__device__ inline T from_float(float value);
+
+template <>
+__device__ inline float from_float<float>(float value) {
+  return value;
+}
+
+template <>
+__device__ inline Bf16 from_float<Bf16>(float value) {
+#if defined(__CUDACC__)
+  Bf16 out;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
+  return out;
+#else
+  if (value != value) return {0x7fff};
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return {uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+#endif
+}
+
+template <>
+__device__ inline Half from_float<Half>(float value) {
+#if defined(__CUDACC__)
+  Half out;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
+  return out;
+#else
+  if (value != value) return {0x7fff};
+  const _Float16 half = static_cast<_Float16>(value);
+  Half out;
+  std::memcpy(&out, &half, sizeof out);
+  return out;
+#endif
+}
+
+// cvt.rn.bf16x2.f32, cvt.rn.f16x2.f32: both rounded, `low` in the lower half of the word.
+__device__ inline uint32_t pack2(float low, float high, Bf16) {
+#if defined(__CUDACC__)
+  uint32_t out;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+#else
+  return uint32_t(from_float<Bf16>(high).bits) << 16 | from_float<Bf16>(low).bits;
+#endif
+}
+
+__device__ inline uint32_t pack2(float low, float high, Half) {
+#if defined(__CUDACC__)
+  uint32_t out;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+#else
+  return uint32_t(from_float<Half>(high).bits) << 16 | from_float<Half>(low).bits;
+#endif
+}
+
+// The halves of a word of two elements, widened.
+template <typename T>
+__device__ inline float low_half(uint32_t word, T) {
+  return to_float(T{uint16_t(word)});
+}
+template <typename T>
+__device__ inline float high_half(uint32_t word, T) {
+  return to_float(T{uint16_t(word >> 16)});
+}
+__device__ inline float high_half(uint32_t word, Bf16) {
+  return bits_to_float(word & 0xffff0000u);
+}
+
+// popc.b32
+__device__ inline int popc(uint32_t x) { return __popc(x); }
+
+// prmt.b32: four bytes of {b, a}, byte i by nibble i of the selector (0 to 3 of a, 4 to 7 of b; its
+// highest bit asks for eight copies of the byte's sign instead).
+__device__ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
+
+// shf.r.wrap.b32: the lower word of {high, low} >> (by % 32).
+__device__ inline uint32_t funnel_shift(uint32_t low, uint32_t high, uint32_t by) {
+  return __funnelshift_r(low, high, by);
+}
+
+// %laneid; blocks are one-dimensional.
+__device__ inline int lane_id() { return int(threadIdx.x) % 32; }
+
+// %lanemask_lt: ones for the lanes below this one.
+__device__ inline uint32_t lane_mask_lt() {
+#if defined(__CUDACC__)
+  uint32_t out;
+  asm("mov.u32 %0, %%lanemask_lt;" : "=r"(out));
+  return out;
+#else
+  return (1u << lane_id()) - 1u;
+#endif
+}
+
+// Collectives of a whole warp: all 32 lanes must come.
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// vote.sync.ballot: bit i is lane i's predicate.
+__device__ inline uint32_t ballot(bool predicate) { return __ballot_sync(kAllLanes, predicate); }
+
+// shfl.sync.idx, .bfly, .up, .down; .up and .down give a lane its own value past the warp's end.
+template <typename T>
+__device__ inline T shfl(T value, int lane) {
+  return __shfl_sync(kAllLanes, value, lane);
+}
+template <typename T>
+__device__ inline T shfl_xor(T value, int bits) {
+  return __shfl_xor_sync(kAllLanes, value, bits);
+}
+template <typename T>
+__device__ inline T shfl_up(T value, int by) {
+  return __shfl_up_sync(kAllLanes, value, by);
+}
+template <typename T>
+__device__ inline T shfl_down(T value, int by) {
+  return __shfl_down_sync(kAllLanes, value, by);
+}
+
+// redux.sync.add.u32 and .s32: every lane gets the sum, modulo 2^32.
+__device__ inline uint32_t reduce_add(uint32_t value) {
+  return __reduce_add_sync(kAllLanes, value);
+}
+__device__ inline int reduce_add(int value) { return __reduce_add_sync(kAllLanes, value); }
 
 }  // namespace liveweight::cuda

@@ -3,13 +3,6 @@
 
 namespace liveweight::cuda {
 
-struct Launch {
-  template <typename Kernel, typename... Arguments>
-  void operator()(Kernel kernel, int64_t x, int64_t y, int threads, Arguments... arguments) const {
-    kernel<<<dim3(unsigned(x), unsigned(y)), threads>>>(arguments...);
-  }
-};
-
 template void activity_stats(const float*, Extent, const Plan&, double, double*, double*, Launch);
 template void activity_stats(const Bf16*, Extent, const Plan&, double, double*, double*, Launch);
 template void activity_stats(const Half*, Extent, const Plan&, double, double*, double*, Launch);

@@ -1,6 +1,7 @@
 // The emulator's own behaviour: prints one line per check, "name: what happened".
 #include <cstdio>
 
+#include "launch.cuh"
 #include "ptx.cuh"
 
 namespace {
@@ -49,9 +50,9 @@ void barrier_beside_collective_kernel(int*) {
 void check(const char* name, void (*kernel)(int*)) {
   for (Order order : {Order::kForward, Order::kReverse, Order::kRandom}) {
     int out[2] = {0, 0};
-    machine.options = {order, 1, 0};
+    machine.options = {order, 1, "", 0};
     try {
-      cuda_host::Launch{}(kernel, 3, 2, 96, static_cast<int*>(out));
+      liveweight::cuda::Launch{}(kernel, {dim3(3, 2), 96}, static_cast<int*>(out));
       std::printf("%s: %d %d\n", name, out[0], out[1]);
     } catch (const std::runtime_error& error) {
       std::printf("%s: %s\n", name, error.what());
