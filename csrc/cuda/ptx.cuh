@@ -193,7 +193,13 @@ __device__ inline int popc(uint32_t x) { return __popc(x); }
 // prmt.b32: four bytes of {b, a}, byte i by nibble i of the selector (0 to 3 of a, 4 to 7 of b; its
 // highest bit asks for eight copies of the byte's sign instead).
 __device__ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
+#if defined(__CUDACC__)
+  uint32_t out;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(selector));
+  return out;
+#else
   return __byte_perm(a, b, selector);
+#endif
 }
 
 // shf.r.wrap.b32: the lower word of {high, low} >> (by % 32).

@@ -28,15 +28,17 @@ struct Registers4 {
   uint32_t word[4];
 };
 
-// Lane i gives the address of row i % 8 of matrix i / 8.
+// Lane i gives the address of row i % 8 of matrix i / 8. Each row is read when its lane arrives: what
+// another lane writes there without a barrier in between comes too late in some order.
 inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed, const char* name) {
   auto& machine = cuda_host::machine;
   if (reinterpret_cast<uintptr_t>(row) % 16) machine.fail(std::string(name) + ": misaligned row");
+  const Registers4 data = *static_cast<const Registers4*>(row);
   const auto& warp = machine.gather(
-      cuda_host::kFullMask, row, name, {__FILE__, __LINE__}, [transposed](cuda_host::Warp& w) {
+      cuda_host::kFullMask, data, name, {__FILE__, __LINE__}, [&](cuda_host::Warp& w) {
         uint16_t element[4][8][8];
         for (int i = 0; i < 32; ++i) {
-          std::memcpy(element[i / 8][i % 8], w.deposit[i].get<const void*>(), 16);
+          std::memcpy(element[i / 8][i % 8], w.deposit[i].bytes, sizeof data);
         }
         for (int lane = 0; lane < 32; ++lane) {
           const int g = lane / 4, t = lane % 4;

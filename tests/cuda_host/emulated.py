@@ -94,7 +94,11 @@ def build() -> pathlib.Path:
     sanitize = ninja_plan.optimize() if sanitizers() else ""
     plan.rule("link", f"{cxx} {sanitize} -shared -o $out $in {libraries}", depfile=False)
     objects = []
-    for source in [*sorted(CSRC.glob("*.cu")), HERE / "control.cu", HERE / "probes.cu"]:
+    for source in [
+        *sorted(CSRC.glob("*.cu")),
+        HERE / "control.cu",
+        *sorted(HERE.glob("probes_*.cu")),
+    ]:
         objects.append(out / f"{source.stem}.o")
         plan.edge("cpp", objects[-1], [source])
         plan.lines[-1] += f" || {out / 'prefix.h.gch'}"

@@ -41,7 +41,7 @@ class Kernels:
         return getattr(space, name)
 
     def probe(self, name: str) -> Callable:
-        """Return a kernel that exists for the tests alone (probes.cu)."""
+        """Return a kernel that exists for the tests alone (probes_*.cu)."""
         if not self.emulated:
             probes.load()
         return getattr(torch.ops.liveweight_probes, name)
@@ -70,10 +70,12 @@ class Kernels:
             yield
 
     def barriers(self, *files: str) -> list[tuple[str, int]]:
-        """Return file and line of every barrier written in these files of csrc/cuda."""
+        """Return file and line of every barrier in these files of csrc/cuda or tests/cuda_host."""
         found = []
         for file in files:
-            for number, text in enumerate((emulated.CSRC / file).read_text().splitlines(), 1):
+            path = emulated.CSRC / file
+            source = (path if path.exists() else emulated.HERE / file).read_text()
+            for number, text in enumerate(source.splitlines(), 1):
                 if _BARRIER.search(text.split("//")[0]):
                     found.append((file, number))
         return found

@@ -1,13 +1,6 @@
-// Kernels that only the tests run, as ops of torch.ops.liveweight_probes: on CPU tensors where g++
-// compiles this over the emulator, on CUDA tensors where nvcc does.
+// activity_stats_ with a plan that its launcher would not choose.
 #include "activity_stats.cuh"
-#include "torch_ops.cuh"
-
-#if defined(__CUDACC__)
-#define LW_PROBES(m) STABLE_TORCH_LIBRARY_IMPL(liveweight_probes, CUDA, m)
-#else
-#define LW_PROBES(m) STABLE_TORCH_LIBRARY_IMPL(liveweight_probes, CPU, m)
-#endif
+#include "probes.cuh"
 
 namespace liveweight::cuda {
 namespace {
@@ -31,7 +24,7 @@ void activity_stats_one_split(Tensor stats, const Tensor& x, double eps) {
 }  // namespace
 }  // namespace liveweight::cuda
 
-STABLE_TORCH_LIBRARY(liveweight_probes, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(liveweight_probes, m) {
   m.def("activity_stats_one_split(Tensor(a!) stats, Tensor x, float eps) -> ()");
 }
 

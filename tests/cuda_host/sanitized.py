@@ -1,0 +1,41 @@
+"""Run the tests marked `sanitized` on CUDA C++ ops built with AddressSanitizer and UBSan.
+
+    python tests/cuda_host/sanitized.py            # all of tests/csrc
+    python tests/cuda_host/sanitized.py FILE ...
+
+An access outside a tensor or outside shared memory, a misaligned one, or an overflow of a signed
+number ends the run with a report. csrc/build/sanitize.py does the same for the CPU kernels.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "csrc" / "build"))
+
+import sanitize  # noqa: E402
+
+
+def main(tests: list[str]) -> int:
+    env = {
+        **os.environ,
+        "LIVEWEIGHT_SANITIZE": os.environ.get("LIVEWEIGHT_SANITIZE", sanitize.DEFAULT),
+        # Python's own memory leaks, and torch is not built for the other checks of a container.
+        "ASAN_OPTIONS": "detect_leaks=0:" + os.environ.get("ASAN_OPTIONS", ""),
+        "UBSAN_OPTIONS": "print_stacktrace=1:" + os.environ.get("UBSAN_OPTIONS", ""),
+    }
+    # Built first: the compiler has no use for the preloaded libraries.
+    build = [sys.executable, "-c", "import emulated; emulated.build()"]
+    subprocess.run(build, env=env, cwd=ROOT / "tests" / "cuda_host", check=True)
+    env["LD_PRELOAD"] = sanitize.runtimes()
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["-m", "sanitized and not gpu", *(tests or ["tests/csrc"])]
+    return subprocess.run(command, env=env, cwd=ROOT).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
