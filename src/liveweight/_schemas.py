@@ -43,6 +43,32 @@ SCHEMAS: dict[str, str] = {
         Tensor offsets,
         int[2] tile
     ) -> Tensor""",
+    "bitmap_linear": """(
+        Tensor x,
+        Tensor values,
+        Tensor bits,
+        Tensor offsets,
+        int[2] shape,
+        int most,
+        Tensor? bias,
+        int activation
+    ) -> Tensor""",
+    "bitmap_to_dense": """(
+        Tensor values,
+        Tensor bits,
+        Tensor offsets,
+        int[2] shape,
+        int most
+    ) -> Tensor""",
+    "bitmap_linear_grad_values": """(
+        Tensor grad,
+        Tensor x,
+        Tensor values,
+        Tensor bits,
+        Tensor offsets,
+        int[2] shape,
+        int most
+    ) -> Tensor""",
     "block_linear": """(
         Tensor x,
         Tensor values,

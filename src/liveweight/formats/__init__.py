@@ -1,5 +1,6 @@
 """What a sparse weight is: frozen values with from_dense, to_dense and validate."""
 
+from liveweight.formats.bitmap import Bitmap
 from liveweight.formats.block import Block
 from liveweight.formats.block_kernels import BlockKernels
 from liveweight.formats.kernelwise import Kernelwise
@@ -7,4 +8,12 @@ from liveweight.formats.nm import NM
 from liveweight.formats.unstructured import Unstructured
 from liveweight.formats.unstructured_kernels import UnstructuredKernels
 
-__all__ = ["NM", "Block", "BlockKernels", "Kernelwise", "Unstructured", "UnstructuredKernels"]
+__all__ = [
+    "NM",
+    "Bitmap",
+    "Block",
+    "BlockKernels",
+    "Kernelwise",
+    "Unstructured",
+    "UnstructuredKernels",
+]

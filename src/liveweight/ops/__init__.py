@@ -1,6 +1,7 @@
 """The ops: one file each with the public function, its checks, shape function and gradients."""
 
 from liveweight.ops.activity_stats import activity_stats_, new_activity_stats
+from liveweight.ops.bitmap_linear import bitmap_linear
 from liveweight.ops.block_conv2d import block_conv2d
 from liveweight.ops.block_linear import block_linear
 from liveweight.ops.kernelwise_conv2d import kernelwise_conv2d
@@ -12,6 +13,7 @@ from liveweight.ops.unstructured_linear import unstructured_linear
 
 __all__ = [
     "activity_stats_",
+    "bitmap_linear",
     "block_conv2d",
     "block_linear",
     "kernelwise_conv2d",

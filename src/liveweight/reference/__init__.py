@@ -1,6 +1,11 @@
 """Every op in plain PyTorch: the truth for tests, and the kernel where no compiled one exists."""
 
 from liveweight.reference.activation import apply_activation
+from liveweight.reference.bitmap_linear import (
+    bitmap_linear,
+    bitmap_linear_grad_values,
+    bitmap_to_dense,
+)
 from liveweight.reference.block_conv2d import (
     block_conv2d,
     block_conv2d_grad_values,
@@ -42,6 +47,9 @@ from liveweight.reference.unstructured_linear import (
 __all__ = [
     "activity_stats_",
     "apply_activation",
+    "bitmap_linear",
+    "bitmap_linear_grad_values",
+    "bitmap_to_dense",
     "block_conv2d",
     "block_conv2d_grad_values",
     "block_conv2d_grad_x",
