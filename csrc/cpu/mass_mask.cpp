@@ -246,12 +246,32 @@ int64_t mass_rows(const float* scores, bool* keep, int64_t rows, int64_t n, doub
 namespace liveweight {
 namespace {
 
-Tensor mass_mask(Tensor scores, double alpha, bool authors_ties) {
+// Bit j of word w of a row is column 32 w + j; bits past the end are 0.
+Tensor pack_rows(const Tensor& mask) {
+  const int64_t R = mask.size(0), n = mask.size(1), words = (n + 31) / 32;
+  Tensor bits = torch::stable::new_empty(mask, {R, words}, ScalarType::Int);
+  if (R * n == 0) return bits;
+  const uint8_t* keep = static_cast<const uint8_t*>(mask.const_data_ptr());
+  uint32_t* out = static_cast<uint32_t*>(bits.mutable_data_ptr());
+  parallel_for(R, 1 + 16384 / n, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t w = 0; w < words; ++w) {
+        uint32_t word = 0;
+        const int64_t first = 32 * w, count = n - first < 32 ? n - first : 32;
+        for (int64_t j = 0; j < count; ++j) word |= uint32_t(keep[row * n + first + j]) << j;
+        out[row * words + w] = word;
+      }
+    }
+  });
+  return bits;
+}
+
+Tensor mass_mask(Tensor scores, double alpha, bool authors_ties, bool packed) {
   const float* data = checked_data<float>("mass_mask", "scores", scores, 2, ScalarType::Float);
   LW_CHECK(alpha >= 0 && alpha <= 1, "mass_mask: expected alpha in [0, 1], got ", alpha);
   const int64_t R = scores.size(0), n = scores.size(1);
   Tensor mask = torch::stable::new_empty(scores, {R, n}, ScalarType::Bool);
-  if (R * n == 0) return mask;
+  if (R * n == 0) return packed ? pack_rows(mask) : mask;
   bool* keep = static_cast<bool*>(mask.mutable_data_ptr());
   const auto kernel = LW_SELECT(mass_rows);
   std::atomic<int64_t> invalid{R};
@@ -267,7 +287,7 @@ Tensor mass_mask(Tensor scores, double alpha, bool authors_ties) {
     raise<std::invalid_argument>("mass_mask: scores must be finite and >= 0, row ", invalid.load(),
                                  " holds a negative, NaN or infinite one");
   }
-  return mask;
+  return packed ? pack_rows(mask) : mask;
 }
 
 }  // namespace

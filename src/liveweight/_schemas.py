@@ -11,7 +11,15 @@ SCHEMAS: dict[str, str] = {
     "mass_mask": """(
         Tensor scores,
         float alpha,
-        bool authors_ties
+        bool authors_ties,
+        bool packed=False
+    ) -> Tensor""",
+    "top_k_mask": """(
+        Tensor scores,
+        int k,
+        bool per_row,
+        Tensor? sizes,
+        bool packed
     ) -> Tensor""",
     "unstructured_linear": """(
         Tensor x,

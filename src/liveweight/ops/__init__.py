@@ -8,6 +8,7 @@ from liveweight.ops.kernelwise_conv2d import kernelwise_conv2d
 from liveweight.ops.masked_linear import masked_linear, pack_mask_bits, unpack_mask_bits
 from liveweight.ops.mass_mask import mass_mask
 from liveweight.ops.nm_linear import nm_linear
+from liveweight.ops.top_k_mask import top_k_mask
 from liveweight.ops.unstructured_conv2d import unstructured_conv2d
 from liveweight.ops.unstructured_linear import unstructured_linear
 
@@ -22,6 +23,7 @@ __all__ = [
     "new_activity_stats",
     "nm_linear",
     "pack_mask_bits",
+    "top_k_mask",
     "unpack_mask_bits",
     "unstructured_conv2d",
     "unstructured_linear",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from liveweight._check import check_fraction, near_misses
 from liveweight.ops.mass_mask import mass_mask
+from liveweight.ops.top_k_mask import top_k_mask
 from liveweight.prune.importances import LayerScore, Target
 from liveweight.prune.structure import Blocks, Panels, Structure
 
@@ -170,12 +171,7 @@ def _entries(score: LayerScore, entry_size: int, alive: Keep, blocks: Blocks | N
 
 def _largest(scores: Tensor, sizes: Tensor, budget: int) -> Tensor:
     """Keep the largest scores whose sizes sum to at most budget; equals by lower index."""
-    alive = sizes > 0
-    order = torch.where(alive, scores, -1.0).sort(descending=True, stable=True).indices
-    fits = sizes[order].cumsum(0) <= budget
-    keep = torch.zeros_like(alive)
-    keep[order] = fits
-    return keep & alive
+    return top_k_mask(scores[None], budget, scope="global", sizes=sizes[None])[0]
 
 
 def _by_ratio(

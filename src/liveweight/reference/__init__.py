@@ -29,7 +29,7 @@ from liveweight.reference.masked_linear import (
     pack_mask_bits,
     unpack_mask_bits,
 )
-from liveweight.reference.scores import activity_stats_, mass_mask
+from liveweight.reference.scores import activity_stats_, mass_mask, top_k_mask
 from liveweight.reference.unstructured_conv2d import (
     kernel_coordinates,
     lay_out,
@@ -68,6 +68,7 @@ __all__ = [
     "mass_mask",
     "pack_mask_bits",
     "scatter_kernels",
+    "top_k_mask",
     "unpack_mask_bits",
     "unstructured_conv2d",
     "unstructured_conv2d_grad_values",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from liveweight.reference.masked_linear import pack_mask_bits
+
 
 def activity_stats_(stats: Tensor, x: Tensor, eps: float) -> None:
     """Add sum |x|, sum x^2 and count(|x| > eps) of x [N, F, P] to stats [4, F], all in float64.
@@ -19,8 +21,16 @@ def activity_stats_(stats: Tensor, x: Tensor, eps: float) -> None:
         stats[3] = torch.maximum(stats[3], size.amax((0, 2)))
 
 
-def mass_mask(scores: Tensor, alpha: float, authors_ties: bool) -> Tensor:
-    """Keep per row of scores [R, n] the smallest set that sums to >= alpha of the row's total."""
+def mass_mask(scores: Tensor, alpha: float, authors_ties: bool, packed: bool = False) -> Tensor:
+    """Keep per row of scores [R, n] the smallest set that sums to >= alpha of the row's total.
+
+    bool [R, n], or where packed its bits as pack_mask_bits lays them out.
+    """
+    mask = _mass_mask(scores, alpha, authors_ties)
+    return pack_mask_bits(mask) if packed else mask
+
+
+def _mass_mask(scores: Tensor, alpha: float, authors_ties: bool) -> Tensor:
     R, n = scores.shape
     bad = ~((scores >= 0) & torch.isfinite(scores)).all(1)  # [R]
     if bool(bad.any()):
@@ -45,3 +55,26 @@ def mass_mask(scores: Tensor, alpha: float, authors_ties: bool) -> Tensor:
         kept = kept * 0
     keep = torch.arange(n, device=scores.device) < kept  # [R, n], in descending order
     return torch.zeros_like(keep).scatter_(1, order, keep)
+
+
+def top_k_mask(scores: Tensor, k: int, per_row: bool, sizes: Tensor | None, packed: bool) -> Tensor:
+    """Keep the largest of scores [R, n], equal ones by lower index: k per row, or of all together.
+
+    With sizes int64 [R, n] (not per row) the largest whose sizes add up to at most k, and none of a
+    size <= 0. bool [R, n], or where packed its bits as pack_mask_bits lays them out.
+    """
+    bad = scores.isnan().any(1)  # [R]
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"top_k_mask: scores must not be NaN, row {row} holds one")
+    rows = scores if per_row else scores.reshape(1, -1)
+    keep = torch.zeros(rows.shape, dtype=torch.bool, device=scores.device)
+    if sizes is None:
+        order = rows.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        keep.scatter_(1, order, True)
+    else:
+        there = (sizes.reshape(-1) > 0).nonzero()[:, 0]
+        order = there[rows[0, there].sort(descending=True, stable=True).indices]
+        keep[0, order[sizes.reshape(-1)[order].cumsum(0) <= k]] = True
+    keep = keep.view(scores.shape)
+    return pack_mask_bits(keep) if packed else keep

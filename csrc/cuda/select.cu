@@ -1,0 +1,160 @@
+// mass_mask and top_k_mask for CUDA: checks, allocation, registration.
+#include "select_flat.cuh"
+#include "select_rows.cuh"
+#include "torch_ops.cuh"
+
+#undef NDEBUG  // the assertion of a captured selection must stay
+#include <cassert>
+#include <stdexcept>
+
+namespace liveweight::cuda {
+namespace {
+
+using Index = unsigned long long;
+constexpr int64_t kSmallRow = 1 << 14;
+
+__global__ void set_index(Index* to, Index value) {
+  if (threadIdx.x == 0) *to = value;
+}
+
+#if defined(__CUDACC__)
+__global__ void assert_scores_are_valid(const Index* first_bad) {
+  assert(*first_bad == kNoIndex && "liveweight: NaN, or a negative or infinite score of mass_mask");
+}
+#endif
+
+// What a kernel left in first_bad. Under capture nothing may wait for the GPU: the graph gets a
+// device-side assertion instead, and kNoIndex is returned.
+Index read_first_bad(const Launch& launch, const Index* first_bad) {
+#if defined(__CUDACC__)
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  Launch::check(cudaStreamIsCapturing(launch.stream, &capture));
+  if (capture != cudaStreamCaptureStatusNone) {
+    launch(assert_scores_are_valid, Shape{grid(1), 1}, first_bad);
+    return kNoIndex;
+  }
+  Index found = kNoIndex;
+  Launch::check(
+      cudaMemcpyAsync(&found, first_bad, sizeof found, cudaMemcpyDeviceToHost, launch.stream));
+  Launch::check(cudaStreamSynchronize(launch.stream));
+  return found;
+#else
+  (void)launch;
+  return *first_bad;
+#endif
+}
+
+// Shared memory that a block may have here.
+int shared_limit(const Tensor& x) {
+#if defined(__CUDACC__)
+  int bytes = 0;
+  Launch::check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                       x.get_device_index()));
+  return bytes;
+#else
+  (void)x;
+  return kSharedLimit;
+#endif
+}
+
+[[noreturn]] void refuse(const char* op, const char* expected, Index row, const char* held) {
+  throw std::invalid_argument(std::string(op) + ": scores must " + expected + ", row " +
+                              std::to_string(row) + " holds " + held);
+}
+
+Tensor new_mask(const Tensor& scores, bool packed) {
+  const int64_t rows = scores.size(0), columns = scores.size(1);
+  return packed ? empty(scores, {rows, (columns + 31) / 32}, ScalarType::Int)
+                : empty(scores, {rows, columns}, ScalarType::Bool);
+}
+
+// Runs the row kernel; the first row that it refused, or kNoIndex.
+template <class Rule>
+Index select_rows_of(const char* op, const Tensor& scores, int64_t rows, int64_t columns,
+                     const Rule& rule, const Tensor& mask, bool packed) {
+  require(columns < (int64_t(1) << 31) - kUnitColumns, op, "a row of ", columns,
+          " scores is too long, expected fewer than 2**31");
+  const Launch launch = launcher(scores);
+  const Tensor first_bad = empty(scores, {1}, ScalarType::Long);
+  Index* bad = reinterpret_cast<Index*>(typed<int64_t>(first_bad));
+  launch(set_index, Shape{grid(1), kWarpLanes}, bad, kNoIndex);
+  const bool aligned = misalignment(scores) == 0 && columns % kColumns == 0;
+  const StoredScores source{typed<const float>(scores), int(columns), aligned};
+  const RowMask to{packed ? nullptr : reinterpret_cast<uint8_t*>(typed<bool>(mask)),
+                   packed ? reinterpret_cast<uint32_t*>(typed<int32_t>(mask)) : nullptr, bad};
+  select_each_row(source, rule, plan_rows<Rule>(rows, columns, shared_limit(scores)), to,
+                  launch);
+  return read_first_bad(launch, bad);
+}
+
+Tensor mass_mask_cuda(const Tensor& scores, double alpha, bool authors_ties, bool packed) {
+  const char* op = "mass_mask";
+  check_tensor(op, "scores", scores, ScalarType::Float, {-1, -1}, scores);
+  require(alpha >= 0 && alpha <= 1, op, "alpha must be in [0, 1], got ", alpha);
+  const OnDevice guard(scores);
+  Tensor mask = new_mask(scores, packed);
+  if (scores.numel() == 0) return mask;
+  const Index bad = select_rows_of(op, scores, scores.size(0), scores.size(1),
+                                   ByMass{alpha, authors_ties}, mask, packed);
+  if (bad != kNoIndex) {
+    refuse(op, "be finite and >= 0", bad, "a negative, NaN or infinite one");
+  }
+  return mask;
+}
+
+// Runs the selection over all scores; the first index of a NaN, or kNoIndex.
+template <class T, class Key>
+Index select_all(const Tensor& scores, int64_t k, const std::optional<Tensor>& sizes,
+                 const Tensor& mask, bool packed) {
+  const Launch launch = launcher(scores);
+  // Bytes have no words that end with a row, so they are written as one row.
+  const int64_t rows = packed ? scores.size(0) : 1;
+  const FlatScores<T> from{typed<const T>(scores), typed<const int64_t>(sizes), rows,
+                           scores.numel() / rows};
+  const Tensor state = empty(scores, {int64_t(sizeof(FlatState<Key>) / 8)}, ScalarType::Long);
+  const Tensor counts = empty(scores, {kDigits}, ScalarType::Long);
+  const Tensor ties = empty(scores, {kFlatMaskWarps}, ScalarType::Long);
+  const FlatWork<Key> work{reinterpret_cast<FlatState<Key>*>(typed<int64_t>(state)),
+                           reinterpret_cast<Index*>(typed<int64_t>(counts)),
+                           reinterpret_cast<long long*>(typed<int64_t>(ties))};
+  const FlatMask to{packed ? nullptr : reinterpret_cast<uint8_t*>(typed<bool>(mask)),
+                    packed ? reinterpret_cast<uint32_t*>(typed<int32_t>(mask)) : nullptr};
+  select_flat<Key>(from, k, work, to, launch);
+  return read_first_bad(launch, &work.state->bad);
+}
+
+Tensor top_k_mask_cuda(const Tensor& scores, int64_t k, bool per_row,
+                       const std::optional<Tensor>& sizes, bool packed) {
+  const char* op = "top_k_mask";
+  const bool wide = scores.scalar_type() == ScalarType::Double && !per_row;
+  check_tensor(op, "scores", scores, wide ? ScalarType::Double : ScalarType::Float, {-1, -1},
+               scores);
+  const int64_t rows = scores.size(0), columns = scores.size(1);
+  check_tensor(op, "sizes", sizes, ScalarType::Long, {rows, columns}, scores);
+  require(k >= 0, op, "k must be >= 0, got ", k);
+  require(!per_row || !sizes, op, "sizes go with one k for all rows");
+  const OnDevice guard(scores);
+  Tensor mask = new_mask(scores, packed);
+  if (scores.numel() == 0) return mask;
+  Index bad;
+  // One block needs one launch instead of ten.
+  const bool small = !wide && !sizes && rows == 1 && columns <= kSmallRow;
+  if (per_row || small) {
+    const ByCount rule{k < columns ? k : columns};
+    bad = select_rows_of(op, scores, rows, columns, rule, mask, packed);
+  } else {
+    bad = wide ? select_all<double, uint64_t>(scores, k, sizes, mask, packed)
+               : select_all<float, uint32_t>(scores, k, sizes, mask, packed);
+    bad = bad == kNoIndex ? bad : bad / Index(columns);
+  }
+  if (bad != kNoIndex) refuse(op, "not be NaN", bad, "one");
+  return mask;
+}
+
+}  // namespace
+}  // namespace liveweight::cuda
+
+LW_CUDA_LIBRARY(m) {
+  m.impl("mass_mask", TORCH_BOX(&liveweight::cuda::mass_mask_cuda));
+  m.impl("top_k_mask", TORCH_BOX(&liveweight::cuda::top_k_mask_cuda));
+}
