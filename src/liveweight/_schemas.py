@@ -77,6 +77,38 @@ SCHEMAS: dict[str, str] = {
         int[2] shape,
         int most
     ) -> Tensor""",
+    "delta_linear": """(
+        Tensor x,
+        Tensor values,
+        Tensor deltas,
+        Tensor starts,
+        Tensor order,
+        Tensor offsets,
+        int[2] shape,
+        int[3] layout,
+        Tensor? bias,
+        int activation
+    ) -> Tensor""",
+    "delta_linear_grad_values": """(
+        Tensor grad,
+        Tensor x,
+        Tensor values,
+        Tensor deltas,
+        Tensor starts,
+        Tensor order,
+        Tensor offsets,
+        int[2] shape,
+        int[3] layout
+    ) -> Tensor""",
+    "delta_to_dense": """(
+        Tensor values,
+        Tensor deltas,
+        Tensor starts,
+        Tensor order,
+        Tensor offsets,
+        int[2] shape,
+        int[3] layout
+    ) -> Tensor""",
     "block_linear": """(
         Tensor x,
         Tensor values,

@@ -3,6 +3,7 @@
 from liveweight.formats.bitmap import Bitmap
 from liveweight.formats.block import Block
 from liveweight.formats.block_kernels import BlockKernels
+from liveweight.formats.delta import Delta
 from liveweight.formats.kernelwise import Kernelwise
 from liveweight.formats.nm import NM
 from liveweight.formats.unstructured import Unstructured
@@ -13,6 +14,7 @@ __all__ = [
     "Bitmap",
     "Block",
     "BlockKernels",
+    "Delta",
     "Kernelwise",
     "Unstructured",
     "UnstructuredKernels",

@@ -4,6 +4,7 @@ from liveweight.ops.activity_stats import activity_stats_, new_activity_stats
 from liveweight.ops.bitmap_linear import bitmap_linear
 from liveweight.ops.block_conv2d import block_conv2d
 from liveweight.ops.block_linear import block_linear
+from liveweight.ops.delta_linear import delta_linear, delta_to_dense
 from liveweight.ops.kernelwise_conv2d import kernelwise_conv2d
 from liveweight.ops.masked_linear import masked_linear, pack_mask_bits, unpack_mask_bits
 from liveweight.ops.mass_mask import mass_mask
@@ -17,6 +18,8 @@ __all__ = [
     "bitmap_linear",
     "block_conv2d",
     "block_linear",
+    "delta_linear",
+    "delta_to_dense",
     "kernelwise_conv2d",
     "masked_linear",
     "mass_mask",

@@ -16,6 +16,11 @@ from liveweight.reference.block_linear import (
     block_linear_grad_values,
     block_linear_grad_x,
 )
+from liveweight.reference.delta_linear import (
+    delta_linear,
+    delta_linear_grad_values,
+    delta_to_dense,
+)
 from liveweight.reference.kernelwise_conv2d import (
     conv2d_size,
     kernelwise_conv2d,
@@ -57,6 +62,9 @@ __all__ = [
     "block_linear_grad_values",
     "block_linear_grad_x",
     "conv2d_size",
+    "delta_linear",
+    "delta_linear_grad_values",
+    "delta_to_dense",
     "kernel_coordinates",
     "kernelwise_conv2d",
     "kernelwise_conv2d_grad_values",

@@ -1,0 +1,304 @@
+// y = act(x W^T + bias) for 1 to 8 tokens at once, W in the Delta format (see delta.cuh).
+//
+// The weight is read once: a kept weight takes 2.7 bytes at 90 % sparsity (16 bits, 5 for its delta,
+// fillers), so an H200 (4.3 TB/s, 132 multiprocessors at 1.75 GHz) brings 6.9 of them each clock to a
+// multiprocessor. Floors per kept weight, one token:
+//   memory        1 / 6.9 clocks
+//   shared memory 32 random columns hit the fullest of 32 banks 3.5 times: 1 / 9.1 clocks, 1 / 7.6
+//                 with the loads of the weight, which take the same way; 4 tokens 1 / 4.7, 8 tokens
+//                 1 / 2.9 (16 bytes each, 8 lanes at a time)
+//   instructions  128 / 6.9 = 18 keep up with memory; the main loop has 7.3 (sm_90a, one token:
+//                 delta 2, gather 1, two conversions, one product, loads and loop 1.3)
+// A lane adds up its own stream, one column after the other, so nothing is scanned or shuffled
+// before the row's end. At most 16 warps share one copy of x; each has 3 to 4 KB under way.
+#pragma once
+
+#include <cstdint>
+
+#include "activation.cuh"
+#include "delta.cuh"
+#include "launch.cuh"
+
+namespace liveweight::cuda {
+
+constexpr int kDeltaWarps = 16;  // per block, at most: 128 registers for each thread
+
+template <typename T>
+struct DeltaCall {
+  DeltaWeight weight;
+  const T* x;      // [tokens, columns]
+  const T* bias;   // [rows] or null
+  T* y;            // [tokens, rows]
+  float* partial;  // [parts, tokens, rows] where parts > 1
+  int64_t tokens;
+  int activation;
+  bool aligned;  // every vector of 8 / kTokens elements of a row of x may be loaded at once
+};
+
+// 2 * kCount bytes of x, in words.
+template <int kCount>
+struct alignas(2 * kCount) Halves {
+  uint16_t half[kCount];
+};
+
+template <int kCount, typename T>
+__device__ inline Halves<kCount> load_halves(const T* x, int64_t count, bool aligned) {
+  if (aligned && count >= kCount) return *reinterpret_cast<const Halves<kCount>*>(x);
+  Halves<kCount> out;
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) out.half[c] = c < count ? x[c].bits : 0;
+  return out;
+}
+
+// Whether one of the two elements of a word is NaN or infinite: its exponent is all ones.
+__device__ inline bool any_special(uint32_t word, Bf16) {
+  return ((word & 0x7f807f80u) + 0x00800080u) & 0x80008000u;
+}
+__device__ inline bool any_special(uint32_t word, Half) {
+  return ((word & 0x7c007c00u) + 0x04000400u) & 0x80008000u;
+}
+
+// Lays the columns of a part out as [column][kTokens], so that one load gathers all tokens of a
+// column; tokens that do not exist are zeros. A thread writes 16 bytes at once: no conflicts.
+// Returns whether it met NaN or infinity.
+template <typename T, int kTokens>
+__device__ inline bool stage(const DeltaCall<T>& call, int64_t token, int64_t column, int width,
+                             unsigned char* staged) {
+  constexpr int kColumns = kGroup / kTokens;
+  bool special = false;
+#pragma unroll 2
+  for (int at = int(threadIdx.x) * kColumns; at < width; at += int(blockDim.x) * kColumns) {
+    Halves<kColumns> in[kTokens] = {};
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      if (token + t < call.tokens) {
+        const T* row = call.x + (token + t) * call.weight.columns + column;
+        in[t] = load_halves<kColumns>(row + at, width - at, call.aligned);
+      }
+    }
+    Vector16 out;
+#pragma unroll
+    for (int i = 0; i < kGroup; i += 2) {
+      const uint32_t low = in[i % kTokens].half[i / kTokens];
+      const uint32_t high = in[(i + 1) % kTokens].half[(i + 1) / kTokens];
+      out.word[i / 2] = low | high << 16;
+      special |= any_special(out.word[i / 2], T{});
+    }
+    *reinterpret_cast<Vector16*>(staged + 2 * kTokens * at) = out;
+  }
+  return special;
+}
+
+// The staged elements of one column, widened.
+template <typename T, int kTokens>
+__device__ inline void gather(SharedAddress at, float (&out)[kTokens]) {
+  if constexpr (kTokens == 1) {
+    uint32_t word[1];
+    load_shared(at, word, uint16_t());
+    out[0] = low_half(word[0], T{});
+  } else {
+    uint32_t word[kTokens / 2];
+    load_shared(at, word);
+#pragma unroll
+    for (int t = 0; t < kTokens; t += 2) {
+      out[t] = low_half(word[t / 2], T{});
+      out[t + 1] = high_half(word[t / 2], T{});
+    }
+  }
+}
+
+// Adds the products of group g. `at` is where the last entry's column stands in shared memory.
+// With kGuard, fillers are left out: 0 * infinity would reach a row that has no weight there.
+template <typename T, int kTokens, bool kGuard, int kBits>
+__device__ inline void add_group(const Chunk<kBits>& chunk, int g, SharedAddress& at,
+                                 float (&sum)[kTokens]) {
+  constexpr int kScale = kTokens == 1 ? 1 : kTokens == 2 ? 2 : kTokens == 4 ? 3 : 4;
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) {
+    at += chunk.template delta<kScale>(g * kGroup + j);
+    float x[kTokens];
+    gather<T>(at, x);
+    const uint32_t word = chunk.values[g].word[j / 2];
+    const float value = j % 2 ? high_half(word, T{}) : low_half(word, T{});
+    if (kGuard && entry_bits(chunk.values[g], j) == kFiller) continue;
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) sum[t] = fmaf(value, x[t], sum[t]);
+  }
+}
+
+// Adds the products of the chunk, `left` groups, and loads the next one in its place.
+template <typename T, int kTokens, bool kGuard, int kBits>
+__device__ inline void add_chunk(Chunk<kBits>& chunk, Walk& walk, int left, SharedAddress& at,
+                                 float (&sum)[kTokens]) {
+  if (left >= kChunkGroups) {
+#pragma unroll
+    for (int g = 0; g < kChunkGroups; ++g) {
+      add_group<T, kTokens, kGuard>(chunk, g, at, sum);
+      chunk.load(walk, g);
+    }
+  } else {
+#pragma unroll
+    for (int g = 0; g < kChunkGroups - 1; ++g) {
+      if (g < left) add_group<T, kTokens, kGuard>(chunk, g, at, sum);
+    }
+  }
+  chunk.step(walk);
+}
+
+// Adds up the streams of each row, always in the same order, and writes the row's outputs.
+template <typename T, int kTokens>
+__device__ inline void finish_row(const DeltaCall<T>& call, int row, int64_t token, int lane,
+                                  float (&sum)[kTokens]) {
+  const DeltaWeight& w = call.weight;
+  for (int distance = w.lanes / 2; distance > 0; distance /= 2) {
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) sum[t] += shfl_xor(sum[t], distance);
+  }
+  if (row < 0) return;
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    if (lane % w.lanes != t % w.lanes || token + t >= call.tokens) continue;
+    const int64_t place = (token + t) * w.rows + row;
+    if (w.parts > 1) {
+      call.partial[blockIdx.z * call.tokens * w.rows + place] = sum[t];
+    } else {
+      const float bias = call.bias ? to_float(call.bias[row]) : 0.f;
+      call.y[place] = from_float<T>(activate(sum[t] + bias, call.activation));
+    }
+  }
+}
+
+// The slices of a warp, one after the other; the first chunk was loaded before x was staged.
+template <typename T, int kTokens, bool kGuard, int kBits>
+__device__ inline void run_slices(const DeltaCall<T>& call, int slice, int step, int end,
+                                  int64_t token, Walk& walk, Chunk<kBits>& chunk,
+                                  SharedAddress staged) {
+  const int lane = int(threadIdx.x) % kLaneCount;
+  while (slice < end) {
+    SharedAddress at = staged + uint32_t(walk.start) * 2 * kTokens;
+    float sum[kTokens] = {};
+    while (walk.left > -kChunkGroups) {
+      add_chunk<T, kTokens, kGuard>(chunk, walk, walk.left + kChunkGroups, at, sum);
+    }
+    const int row = walk.row;
+    slice += step;
+    walk.open(call.weight, slice, end, lane);
+    chunk.load(walk);
+    finish_row(call, row, token, lane, sum);
+  }
+}
+
+// Grid (blocks, ceil(tokens / kTokens), parts); slices go round the blocks, then round the warps of
+// a block: the longest come first, so every multiprocessor gets its share of them.
+template <typename T, int kBits, int kTokens>
+__global__ void __launch_bounds__(kDeltaWarps* kLaneCount, 1)
+    delta_linear_rows(DeltaCall<T> call) {
+  LW_DYNAMIC_SHARED(staged);
+  __shared__ int special;
+  const DeltaWeight& w = call.weight;
+  const int lane = int(threadIdx.x) % kLaneCount;
+  const int step = int(gridDim.x) * (int(blockDim.x) / kLaneCount);
+  const int first = int(blockIdx.z) * w.slices, end = first + w.slices;
+  const int slice =
+      first + int(blockIdx.x) + int(gridDim.x) * (int(threadIdx.x) / kLaneCount);
+  const int64_t token = int64_t(blockIdx.y) * kTokens;
+
+  Walk walk;
+  walk.open(w, slice, end, lane);
+  Chunk<kBits> chunk;
+  chunk.load(walk);
+
+  if (threadIdx.x == 0) special = 0;
+  __syncthreads();
+  const int64_t column = int64_t(blockIdx.z) * w.part;
+  const int64_t rest = w.columns - column;
+  if (stage<T, kTokens>(call, token, column, int(rest < w.part ? rest : w.part), staged)) {
+    atomicOr(&special, 1);
+  }
+  __syncthreads();
+  const SharedAddress x = shared_address(staged);
+  if (special) {
+    run_slices<T, kTokens, true>(call, slice, step, end, token, walk, chunk, x);
+  } else {
+    run_slices<T, kTokens, false>(call, slice, step, end, token, walk, chunk, x);
+  }
+}
+
+// y from the partial sums of all parts, in their order. Grid (ceil(tokens * rows / 256)).
+template <typename T>
+__global__ void __launch_bounds__(256) finish_delta_linear(DeltaCall<T> call) {
+  const int64_t outputs = call.tokens * call.weight.rows;
+  const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
+  if (i >= outputs) return;
+  float sum = call.partial[i];
+  for (int part = 1; part < call.weight.parts; ++part) sum += call.partial[part * outputs + i];
+  const float bias = call.bias ? to_float(call.bias[i % call.weight.rows]) : 0.f;
+  call.y[i] = from_float<T>(activate(sum + bias, call.activation));
+}
+
+// y = act(y), elementwise.
+template <typename T>
+__global__ void __launch_bounds__(256) activate_elements(T* y, int64_t count, int activation) {
+  const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
+  if (i < count) y[i] = from_float<T>(activate(to_float(y[i]), activation));
+}
+
+template <typename T>
+void activate_all(T* y, int64_t count, int activation, const Launch& launch) {
+  if (activation == kNone) return;
+  launch(activate_elements<T>, Shape{grid(div_up(count, 256)), 256}, y, count, activation);
+}
+
+// Columns of x that a block stages: the longest part's.
+inline int64_t staged_columns(const DeltaWeight& w) {
+  return w.columns < w.part ? w.columns : w.part;
+}
+
+inline int staged_bytes(const DeltaWeight& w, int tokens) {
+  return int(div_up(staged_columns(w) * tokens, kGroup) * kGroup * 2);
+}
+
+// Tokens that one pass over the weight takes: all of them up to 8, if x then fits into `shared`
+// bytes. One token always does: a part has at most 32768 columns.
+inline int tokens_per_pass(const DeltaWeight& w, int64_t tokens, int shared) {
+  int most = 8;
+  while (most > 1 && (most / 2 >= tokens || staged_bytes(w, most) > shared)) most /= 2;
+  return most;
+}
+
+template <typename T, int kBits, int kTokens>
+void launch_delta_linear(const DeltaCall<T>& call, const Launch& launch) {
+  const DeltaWeight& w = call.weight;
+  const int64_t blocks = w.slices < kMultiprocessors ? w.slices : kMultiprocessors;
+  const int64_t warps = div_up(w.slices, blocks);
+  const int threads = int(warps < kDeltaWarps ? warps : kDeltaWarps) * kLaneCount;
+  launch(delta_linear_rows<T, kBits, kTokens>,
+         Shape{grid(blocks, div_up(call.tokens, kTokens), w.parts), threads,
+               staged_bytes(w, kTokens)},
+         call);
+}
+
+template <typename T, int kBits>
+void launch_delta_linear(const DeltaCall<T>& call, int tokens, const Launch& launch) {
+  if (tokens == 1) return launch_delta_linear<T, kBits, 1>(call, launch);
+  if (tokens == 2) return launch_delta_linear<T, kBits, 2>(call, launch);
+  if (tokens == 4) return launch_delta_linear<T, kBits, 4>(call, launch);
+  return launch_delta_linear<T, kBits, 8>(call, launch);
+}
+
+// All tokens, in passes of at most 8; at least one token and one row.
+template <typename T>
+void delta_linear(DeltaCall<T> call, int bits, int shared, const Launch& launch) {
+  const DeltaWeight& w = call.weight;
+  const int tokens = tokens_per_pass(w, call.tokens, shared);
+  const int step = 2 * kGroup / tokens;  // bytes of x that a thread loads at once
+  call.aligned = reinterpret_cast<uintptr_t>(call.x) % step == 0 && w.columns * 2 % step == 0;
+  with_bits(bits, [&](auto b) {
+    launch_delta_linear<T, decltype(b)::value>(call, tokens, launch);
+  });
+  if (w.parts > 1) {
+    launch(finish_delta_linear<T>, Shape{grid(div_up(call.tokens * w.rows, 256)), 256}, call);
+  }
+}
+
+}  // namespace liveweight::cuda

@@ -1,0 +1,234 @@
+"""How the Delta format lies in memory: streams of entries in slices of 32, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+LANES = 32  # streams of a slice: the threads of a warp
+GROUP = 8  # entries that a stream's end is filled up to: 16 bytes of 16-bit values
+BITS = (4, 5, 6, 8)  # of a delta
+MOST_PART = 32768  # columns that one part may have, so that its first columns fit int16
+
+# A GPU with 132 multiprocessors needs about 8 warps on each, to keep enough loads in flight.
+_SLICES = 1024
+_LEAST_STREAM = 16  # entries; shorter streams are mostly filling
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The numbers that say how a weight [rows, columns] is cut.
+
+    bits of a delta; lanes (streams) that share a row; columns of a part. Rows of the parts follow
+    each other: place p * rows + n is row n of part p.
+    """
+
+    rows: int
+    columns: int
+    bits: int
+    lanes: int
+    part: int
+
+    @property
+    def parts(self) -> int:
+        return max(1, -(-self.columns // self.part))
+
+    @property
+    def rows_per_slice(self) -> int:
+        return LANES // self.lanes
+
+    @property
+    def slices(self) -> int:
+        """Slices of one part."""
+        return -(-self.rows // self.rows_per_slice)
+
+
+def pick_part(columns: int) -> int:
+    """Return the columns of a part: one part if it may be, else equal ones."""
+    parts = max(1, -(-columns // MOST_PART))
+    return max(GROUP, -(-columns // (parts * GROUP)) * GROUP)
+
+
+def pick_bits(gaps: Tensor) -> int:
+    """Return the bits of a delta that make the fewest bytes, for the gaps between columns."""
+    kept = gaps.numel()
+
+    def size(bits: int) -> int:
+        reach = (1 << bits) - 1
+        return (kept + int(((gaps - 1).clamp(min=0) // reach).sum())) * (16 + bits)
+
+    return min(BITS, key=size)
+
+
+def pick_lanes(rows: int, parts: int, entries: int) -> int:
+    """Return how many streams a row is cut into: as few as keep a GPU busy, as filling costs."""
+    lanes = 1
+    while (
+        lanes < LANES
+        and parts * -(-rows * lanes // LANES) < _SLICES
+        and entries >= 2 * lanes * _LEAST_STREAM * rows * parts
+    ):
+        lanes *= 2
+    return lanes
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequence:
+    """Entries row after row, fillers among them where a gap is longer than a delta can say.
+
+    source   kept weight that the entry holds, or -1 for a filler: int64 [entries]
+    place    part * rows + row of the entry: int64 [entries]
+    column   within its part: int64 [entries]
+    lengths  entries of each place: int64 [parts * rows]
+    """
+
+    source: Tensor
+    place: Tensor
+    column: Tensor
+    lengths: Tensor
+
+
+def gaps_of(place: Tensor, column: Tensor) -> Tensor:
+    """Return how far each kept column is from the one before it in its row; 0 for the first."""
+    gaps = torch.zeros_like(column)
+    same = place[1:] == place[:-1]
+    gaps[1:] = torch.where(same, column[1:] - column[:-1], 0)
+    return gaps
+
+
+def fill_gaps(place: Tensor, column: Tensor, gaps: Tensor, layout: Layout) -> Sequence:
+    """Return the sequence in which no column is more than 2^bits - 1 behind the one before it."""
+    reach = (1 << layout.bits) - 1
+    fillers = (gaps - 1).clamp(min=0) // reach
+    counts = fillers + 1
+    total = int(counts.sum())
+    source = torch.repeat_interleave(counts, output_size=total)
+    ends = counts.cumsum(0)
+    back = ends[source] - 1 - torch.arange(total, device=column.device)  # 0: the weight itself
+    step = (fillers[source] - back + 1) * reach
+    filler_column = column[source] - gaps[source] + step
+    places = place[source]
+    return Sequence(
+        torch.where(back == 0, source, -1),
+        places,
+        torch.where(back == 0, column[source], filler_column),
+        torch.bincount(places, minlength=layout.parts * layout.rows),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Slices:
+    """Where everything goes.
+
+    order    [slices of all parts, rows per slice] int32: row, longest first, -1 for no row
+    offsets  [slices of all parts + 1, 2] int32: first group, and first row of 32 words of deltas
+    slot     int64 [parts * rows]: which place of `order`, flattened, a row has
+    """
+
+    order: Tensor
+    offsets: Tensor
+    slot: Tensor
+
+
+def arrange(lengths: Tensor, layout: Layout) -> Slices:
+    """Return the slices for rows of these lengths."""
+    device, per = lengths.device, layout.rows_per_slice
+    padded = layout.slices * per
+    by_part = lengths.reshape(layout.parts, layout.rows)
+    ranked, rows = by_part.sort(dim=1, descending=True, stable=True)
+    order = torch.full((layout.parts, padded), -1, dtype=torch.int32, device=device)
+    order[:, : layout.rows] = rows.int()
+    first = torch.arange(layout.parts, device=device)[:, None]
+    slot = torch.empty_like(by_part)
+    ranks = torch.arange(layout.rows, device=device).expand_as(rows)
+    slot.scatter_(1, rows, ranks + first * padded)
+    longest = ranked[:, ::per].reshape(-1)  # the first row of a slice is its longest
+    groups = _ceil(_ceil(longest, layout.lanes), GROUP)
+    words = _ceil(groups * (GROUP * layout.bits), 32)
+    sizes = torch.stack((groups, words), 1)
+    offsets = torch.zeros((sizes.shape[0] + 1, 2), dtype=torch.int64, device=device)
+    torch.cumsum(sizes, 0, out=offsets[1:])
+    if int(offsets[-1].max()) >= 2**31:
+        raise ValueError(f"Delta: too many entries, expected fewer than {2**31 * 256}")
+    return Slices(order.reshape(-1, per), offsets.int(), slot.reshape(-1))
+
+
+def _ceil(a: Tensor, b: int) -> Tensor:
+    return (a + b - 1) // b
+
+
+def streams(sequence: Sequence, slices: Slices, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """Return slice, lane and place in its stream of every entry: int64 each."""
+    lengths, place = sequence.lengths, sequence.place
+    first = lengths.cumsum(0) - lengths
+    at = torch.arange(place.numel(), device=place.device) - first[place]
+    share = _ceil(lengths, layout.lanes)[place]  # entries of one stream of the row
+    slot = slices.slot[place]
+    lane = slot % layout.rows_per_slice * layout.lanes + at // share
+    return slot // layout.rows_per_slice, lane, at % share
+
+
+def value_index(slices: Slices, where: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Return where in `values` each entry stands: int64 [entries]."""
+    part, lane, at = where
+    group = slices.offsets[:, 0].long()[part] + at // GROUP
+    return (group * LANES + lane) * GROUP + at % GROUP
+
+
+def pack_deltas(
+    sequence: Sequence, slices: Slices, where: tuple[Tensor, Tensor, Tensor], bits: int
+) -> tuple[Tensor, Tensor]:
+    """Return deltas, int32 words, and starts, int16 [slices, 32]."""
+    part, lane, at = where
+    column = sequence.column
+    delta = torch.zeros_like(column)
+    delta[1:] = column[1:] - column[:-1]
+    delta = torch.where(at == 0, 0, delta)
+    starts = column.new_zeros(slices.order.shape[0], LANES)
+    head = at == 0
+    starts[part[head], lane[head]] = column[head]
+    # Fields do not overlap, so adding them is or-ing them; what passes 32 bits is the next word's.
+    bit = at * bits
+    word = (slices.offsets[:, 1].long()[part] + bit // 32) * LANES + lane
+    words = column.new_zeros(int(slices.offsets[-1, 1]) * LANES + LANES)
+    field = delta << bit % 32
+    words.index_add_(0, word, field & 0xFFFFFFFF)
+    words.index_add_(0, word + LANES, field >> 32)
+    return _to_int32(words[:-LANES]), starts.to(torch.int16)
+
+
+def _to_int32(words: Tensor) -> Tensor:
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def unpack(
+    deltas: Tensor, starts: Tensor, order: Tensor, offsets: Tensor, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """Return row and column of every entry of values, filling included: int64 [groups * 256] each.
+
+    Rows are -1 in the streams of no row.
+    """
+    offsets = offsets.long()
+    groups = int(offsets[-1, 0])
+    device = deltas.device
+    part = torch.repeat_interleave(offsets[:, 0].diff(), output_size=groups)
+    group = torch.arange(groups, device=device)
+    at = (group - offsets[part, 0])[:, None] * GROUP + torch.arange(GROUP, device=device)
+    bit = at * layout.bits
+    lanes = torch.arange(LANES, device=device)
+    word = ((offsets[part, 1][:, None] + bit // 32) * LANES)[:, None] + lanes[:, None]
+    words = torch.cat((deltas, deltas.new_zeros(LANES))).long() & 0xFFFFFFFF
+    shift = (bit % 32)[:, None]
+    mask = (1 << layout.bits) - 1
+    # The low 8 bits of the next word are enough for what a field has there.
+    delta = ((words[word] | (words[word + LANES] & 0xFF) << 32) >> shift) & mask
+    along = delta.transpose(0, 1).reshape(LANES, groups * GROUP).cumsum(1)
+    along = along.reshape(LANES, groups, GROUP).transpose(0, 1)
+    # The sum of all slices before is taken away: each stream begins anew, its first delta being 0.
+    first = offsets[part, 0]
+    column = along - along[first, :, 0][:, :, None] + starts.long()[part][:, :, None]
+    row = order.long()[part].repeat_interleave(layout.lanes, 1)[:, :, None].expand_as(column)
+    begin = part // max(layout.slices, 1) * layout.part
+    return row.reshape(-1), (column + begin[:, None, None]).reshape(-1)
