@@ -1,4 +1,4 @@
-// Asynchronous copies from global to shared memory (cp.async), 16 bytes each.
+// Asynchronous copies from global to shared memory (cp.async), 16 or 4 bytes each.
 //
 // A thread issues copies, closes them into a group, and later waits until at most N groups are
 // unfinished; a barrier then shows the data to the other threads. The emulator copies no earlier
@@ -25,6 +25,19 @@ __device__ inline void cp_async16(void* shared, const void* global, bool valid =
     machine.fail("cp_async16: misaligned source");
   }
   machine.self().copies.issue(shared, valid ? global : nullptr);
+#endif
+}
+
+// cp.async.ca.shared.global of 4 bytes: both addresses on 4-byte boundaries.
+__device__ inline void cp_async4(void* shared, const void* global) {
+#if defined(__CUDACC__)
+  const uint32_t to = uint32_t(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" : : "r"(to), "l"(global) : "memory");
+#else
+  auto& machine = cuda_host::machine;
+  if (reinterpret_cast<uintptr_t>(shared) % 4) machine.fail("cp_async4: misaligned destination");
+  if (reinterpret_cast<uintptr_t>(global) % 4) machine.fail("cp_async4: misaligned source");
+  machine.self().copies.issue(shared, global, 4);
 #endif
 }
 

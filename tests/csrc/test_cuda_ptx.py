@@ -161,6 +161,14 @@ def test_cp_async_copies_or_fills_with_zeros(kernels):
         assert torch.equal(got.cpu(), x * valid[:, None])
 
 
+@pytest.mark.sanitized
+def test_cp_async_copies_single_words(kernels):
+    # Not aligned to more than a word.
+    x = torch.randint(-(2**31), 2**31, (129,), dtype=torch.int64).int().to(kernels.device)[1:]
+    for _ in kernels.orders():
+        assert torch.equal(kernels.probe("copy_words")(x), x.flip(0))
+
+
 def test_no_wait_and_no_barrier_can_be_left_out(kernels):
     x = torch.randint(-(2**31), 2**31, (128, 4), dtype=torch.int64).int().to(kernels.device)
     valid = torch.ones(128, dtype=torch.int32, device=kernels.device)
@@ -171,6 +179,7 @@ def test_no_wait_and_no_barrier_can_be_left_out(kernels):
     def check():
         assert torch.equal(kernels.probe("copy")(x, valid), x)
         assert torch.equal(kernels.probe("ldmatrix")(tile, rows, False), want)
+        assert torch.equal(kernels.probe("copy_words")(x[:, 0].contiguous()), x[:, 0].flip(0))
 
     kernels.assert_every_barrier_is_needed(check, "probes_ptx.cu")
 

@@ -10,16 +10,16 @@ namespace cuda_host {
 
 class Copies {
  public:
-  static constexpr size_t kBytes = 16;
+  static constexpr size_t kMostBytes = 16;
 
   // The destination is garbage from now on: who reads it before the wait, or still needs what was
   // there, will notice. The source is read here too, so that a bad address shows where it is given.
-  void issue(void* to, const void* from) {
-    unsigned char seen[kBytes];
-    if (from) std::memcpy(seen, from, kBytes);
+  void issue(void* to, const void* from, size_t bytes = kMostBytes) {
+    unsigned char seen[kMostBytes];
+    if (from) std::memcpy(seen, from, bytes);
     asm volatile("" : : "r"(seen) : "memory");
-    std::memset(to, 0xff, kBytes);
-    open_.push_back({to, from});
+    std::memset(to, 0xff, bytes);
+    open_.push_back({to, from, bytes});
   }
 
   void commit() { groups_.push_back(std::exchange(open_, {})); }
@@ -44,11 +44,12 @@ class Copies {
   struct Copy {
     void* to;
     const void* from;  // null: zeros
+    size_t bytes;
     void run() const {
       if (from) {
-        std::memcpy(to, from, kBytes);
+        std::memcpy(to, from, bytes);
       } else {
-        std::memset(to, 0, kBytes);
+        std::memset(to, 0, bytes);
       }
     }
   };

@@ -108,6 +108,27 @@ Tensor copy(const Tensor& from, const Tensor& valid) {
   return out;
 }
 
+// Words, one at a time, to the other end.
+__global__ void copy_words_kernel(const uint32_t* from, uint32_t* out) {
+  LW_DYNAMIC_SHARED(memory);
+  uint32_t* shared = reinterpret_cast<uint32_t*>(memory);
+  const int thread = int(threadIdx.x);
+  cp_async4(shared + blockDim.x - 1 - threadIdx.x, from + thread);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+  out[thread] = shared[thread];
+}
+
+// from [128] int32 -> [128] int32, reversed.
+Tensor copy_words(const Tensor& from) {
+  const OnDevice guard(from);
+  const Tensor out = empty(from, {128}, ScalarType::Int);
+  launcher(from)(copy_words_kernel, Shape{grid(1), 128, 512}, typed<const uint32_t>(from),
+                 typed<uint32_t>(out));
+  return out;
+}
+
 __global__ void round_kernel(const float* x, int64_t n, uint16_t* bf16, uint16_t* half,
                              uint32_t* bf16_pairs, uint32_t* half_pairs) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -204,6 +225,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(liveweight_probes, m) {
   m.def("mma_sp(Tensor a, Tensor b, Tensor meta, Tensor(a!) d, int selector, bool half) -> ()");
   m.def("ldmatrix(Tensor tile, Tensor rows, bool trans) -> Tensor");
   m.def("copy(Tensor x, Tensor valid) -> Tensor");
+  m.def("copy_words(Tensor x) -> Tensor");
   m.def("round(Tensor x, Tensor(a!) bf16, Tensor(b!) half, Tensor(c!) bf16_pairs, "
         "Tensor(d!) half_pairs) -> ()");
   m.def("compare(Tensor a, Tensor b) -> Tensor");
@@ -216,6 +238,7 @@ LW_PROBES(m) {
   m.impl("mma_sp", TORCH_BOX(&liveweight::cuda::mma_sp));
   m.impl("ldmatrix", TORCH_BOX(&liveweight::cuda::ldmatrix));
   m.impl("copy", TORCH_BOX(&liveweight::cuda::copy));
+  m.impl("copy_words", TORCH_BOX(&liveweight::cuda::copy_words));
   m.impl("round", TORCH_BOX(&liveweight::cuda::round));
   m.impl("compare", TORCH_BOX(&liveweight::cuda::compare));
   m.impl("lanes", TORCH_BOX(&liveweight::cuda::lanes));

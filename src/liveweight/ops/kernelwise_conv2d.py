@@ -17,6 +17,7 @@ Pair = tuple[int, int]
 _NAME = "kernelwise_conv2d"
 _FORWARD_DTYPES = (torch.float32, torch.bfloat16)  # of the CPU kernel of the forward pass
 _HALVES = (torch.bfloat16, torch.float16)
+_CUDA_DTYPES = (torch.float32, *_HALVES)
 _aten = torch.ops.aten
 
 
@@ -35,8 +36,8 @@ def kernelwise_conv2d(
 ) -> Tensor:
     """Apply a weight-sparse convolution: y = pool(act(conv2d(x, W) + b)).
 
-    x           [B, C, H, W] or [C, H, W] float32 or bfloat16, added up in fp32 (other dtypes, and
-                devices without a kernel: plain PyTorch)
+    x           [B, C, H, W] or [C, H, W] float32 or bfloat16, on a GPU also float16, added up in
+                fp32 (other dtypes, and devices without a kernel: plain PyTorch)
     weight      (Cout, C / groups, kh, kw), values like x
     bias        [Cout] like x, or None
     activation  None or "relu"
@@ -139,8 +140,9 @@ def _raise_too_small(x, values, stride, padding, dilation, pool) -> None:
 
 
 def _select(op, plain, x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)):
-    """Return the op, or its reference where the op's CPU kernel does not know the dtype."""
-    return plain if x.is_cpu and x.dtype not in dtypes else op
+    """Return the op, or its reference where the op's kernel for x's device lacks the dtype."""
+    known = dtypes if x.is_cpu else _CUDA_DTYPES if x.is_cuda else (x.dtype,)
+    return op if x.dtype in known else plain
 
 
 def _forward(x, *rest) -> Tensor:
