@@ -5,6 +5,7 @@
 // shared memory and the tensor cores are in ptx_copy.cuh and ptx_matrix.cuh.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -45,6 +46,30 @@ __host__ __device__ inline Vector16 load_streaming(const void* address) {
 #endif
 }
 
+// ld.global.nc.b32 and .b16: read-only data behind a pointer that came from shared memory, of which
+// the compiler cannot tell that it is a global one.
+__host__ __device__ inline float load_global(const float* address) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(value) : "l"(address));
+  return value;
+#else
+  return *address;
+#endif
+}
+
+template <typename T>
+__host__ __device__ inline T load_global(const T* address) {
+  static_assert(sizeof(T) == 2);
+#if defined(__CUDA_ARCH__)
+  T value;
+  asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(value.bits) : "l"(address));
+  return value;
+#else
+  return *address;
+#endif
+}
+
 // max.NaN.f32: NaN if either side is NaN (fmaxf would drop it).
 __host__ __device__ inline float max_nan(float a, float b) {
 #if defined(__CUDA_ARCH__)
@@ -67,6 +92,17 @@ __host__ __device__ inline float greater(float a, float b) {
   return out;
 #else
   return a > b ? 1.f : 0.f;
+#endif
+}
+
+// sqrt.approx.f32: off by at most one unit in the last place or so, 0 of 0, NaN of NaN.
+__host__ __device__ inline float square_root(float value) {
+#if defined(__CUDA_ARCH__)
+  float out;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(out) : "f"(value));
+  return out;
+#else
+  return sqrtf(value);
 #endif
 }
 

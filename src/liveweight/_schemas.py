@@ -8,6 +8,18 @@ SCHEMAS: dict[str, str] = {
         Tensor x,
         float eps
     ) -> ()""",
+    "patch_gram": """(
+        Tensor x,
+        int[2] kernel_size,
+        int[2] stride,
+        int[4] padding,
+        int[2] dilation
+    ) -> Tensor""",
+    "gram_norms_": """(
+        Tensor(a!) sums,
+        Tensor gram,
+        Tensor weight
+    ) -> ()""",
     "mass_mask": """(
         Tensor scores,
         float alpha,

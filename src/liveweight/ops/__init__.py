@@ -9,6 +9,7 @@ from liveweight.ops.kernelwise_conv2d import kernelwise_conv2d
 from liveweight.ops.masked_linear import masked_linear, pack_mask_bits, unpack_mask_bits
 from liveweight.ops.mass_mask import mass_mask
 from liveweight.ops.nm_linear import nm_linear
+from liveweight.ops.patch_gram import gram_norms_, patch_gram
 from liveweight.ops.top_k_mask import top_k_mask
 from liveweight.ops.unstructured_conv2d import unstructured_conv2d
 from liveweight.ops.unstructured_linear import unstructured_linear
@@ -20,12 +21,14 @@ __all__ = [
     "block_linear",
     "delta_linear",
     "delta_to_dense",
+    "gram_norms_",
     "kernelwise_conv2d",
     "masked_linear",
     "mass_mask",
     "new_activity_stats",
     "nm_linear",
     "pack_mask_bits",
+    "patch_gram",
     "top_k_mask",
     "unpack_mask_bits",
     "unstructured_conv2d",

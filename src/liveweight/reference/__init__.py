@@ -34,6 +34,7 @@ from liveweight.reference.masked_linear import (
     pack_mask_bits,
     unpack_mask_bits,
 )
+from liveweight.reference.patch_gram import gram_norms_, patch_gram
 from liveweight.reference.scores import activity_stats_, mass_mask, top_k_mask
 from liveweight.reference.unstructured_conv2d import (
     kernel_coordinates,
@@ -65,6 +66,7 @@ __all__ = [
     "delta_linear",
     "delta_linear_grad_values",
     "delta_to_dense",
+    "gram_norms_",
     "kernel_coordinates",
     "kernelwise_conv2d",
     "kernelwise_conv2d_grad_values",
@@ -75,6 +77,7 @@ __all__ = [
     "masked_linear_grad_x",
     "mass_mask",
     "pack_mask_bits",
+    "patch_gram",
     "scatter_kernels",
     "top_k_mask",
     "unpack_mask_bits",
