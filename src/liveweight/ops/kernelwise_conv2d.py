@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from liveweight import _library, reference
 from liveweight._check import cast_like, check_bias, make_pair
 from liveweight.formats import Kernelwise
+from liveweight.ops.kernelwise_conv2d_grad import grad_values, grad_x
 from liveweight.ops.layout import layout_code
 from liveweight.ops.unstructured_linear import check_activation
 from liveweight.reference.layouts import CONTIGUOUS, empty_in, find_layout
@@ -166,6 +167,27 @@ def _through_epilogue(grad: Tensor, before: Tensor, relu: bool, pool: int) -> Te
     return _aten.threshold_backward(grad, active, 0) if relu else grad
 
 
+def _gradients(wanted, grad: Tensor, x: Tensor, values: Tensor, index, settings):
+    """Return the gradients to x and to values, None for those not wanted; grad before the bias."""
+    to_x = to_values = None
+    kernel, x_shape = values.shape[1:], x.shape
+    if x.is_cuda:
+        if wanted[0]:
+            to_x = grad_x(_forward, grad, values, *index, x_shape, *settings)
+        if wanted[1]:
+            to_values = grad_values(grad, x, *index, kernel, *settings)
+        return to_x, to_values
+    dtype = x.dtype
+    grad, x = _widen(grad), _widen(x.contiguous())
+    if wanted[0]:
+        run = _select(_op_x, reference.kernelwise_conv2d_grad_x, x)
+        to_x = run(grad, _widen(values), *index, x_shape, *settings).to(dtype)
+    if wanted[1]:
+        run = _select(_op_values, reference.kernelwise_conv2d_grad_values, x)
+        to_values = run(grad, x, *index, kernel, *settings).to(dtype)
+    return to_x, to_values
+
+
 class _KernelwiseConv2d(torch.autograd.Function):
     """Gradients of the fused op; where a pool is fused, the values before it are computed again."""
 
@@ -203,18 +225,12 @@ class _KernelwiseConv2d(torch.autograd.Function):
             grad = _through_epilogue(grad, before, relu, pool)
         elif relu:
             grad = _aten.threshold_backward(grad, y, 0)
-        grad, dtype = grad.contiguous(), x.dtype
-        wide_grad, wide_x = _widen(grad), _widen(x.contiguous())
-        grad_x = grad_values = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            run = _select(_op_x, reference.kernelwise_conv2d_grad_x, wide_x)
-            grad_x = run(wide_grad, _widen(values), *index, x.shape, *settings).to(dtype)
-        if ctx.needs_input_grad[1]:
-            run = _select(_op_values, reference.kernelwise_conv2d_grad_values, wide_x)
-            grad_values = run(wide_grad, wide_x, *index, values.shape[1:], *settings).to(dtype)
+        wanted = ctx.needs_input_grad[:2]
+        to_x, to_values = _gradients(wanted, grad.contiguous(), x, values, index, settings)
+        grad_bias = None
         if ctx.needs_input_grad[4]:
             grad_bias = grad.sum((0, 2, 3))
-        return grad_x, grad_values, None, None, grad_bias, *(None,) * 7
+        return to_x, to_values, None, None, grad_bias, *(None,) * 7
 
 
 def _fake(
