@@ -2,7 +2,9 @@
 //
 // formats/delta.py has the layout. A slice is what one warp reads: 32 streams side by side, in
 // groups of 8 entries. Lane l finds the 16 bytes of its g-th group at values[(g * 32 + l) * 8] and
-// the bits of its deltas in words l, 32 + l, 64 + l, ...: all loads of a warp are contiguous.
+// the bits of its deltas in words l, 32 + l, 64 + l, ...: all loads of a warp are contiguous. The
+// first four groups of all slices (heads) may lie before all the rest (tails), where the number of
+// a slice alone says: their loads do not wait for those of the offsets.
 #pragma once
 
 #include <cstdint>
@@ -27,34 +29,55 @@ struct DeltaWeight {
   const uint32_t* deltas;
   const int16_t* starts;    // [slices, 32]: column of a stream's first entry, within its part
   const int32_t* order;     // [slices, 32 / lanes]: row of each place, -1 where there is none
-  const int32_t* offsets;   // [slices + 1, 2]: first group, and first row of 32 words of deltas
+  const int32_t* offsets;   // [slices + 1, 2]: of each tail, first group and first row of 32 words
   int64_t rows, columns;
   int lanes;                // streams per row, a power of two
   int part, parts;
+  int head;                 // groups: 0 or 4
   int slices;               // of one part
 };
 
-// The position of a lane: what of its stream is still to be loaded.
-struct Walk {
-  const uint16_t* values;
-  const uint32_t* deltas;
-  int left;   // groups
-  int start;  // column of the first entry, within its part
-  int row;    // -1: none
+template <int kBits>
+struct Chunk;
 
-  // `slice` counts through all parts; any slice from `end` on is empty.
-  __device__ void open(const DeltaWeight& w, int slice, int end, int lane) {
-    values = w.values;
-    deltas = w.deltas;
-    left = start = 0;
+// The position of a lane in its stream: `now` groups are in registers (more than 4: the first 4),
+// `left` groups lie behind them at `values` and `deltas`.
+struct Walk {
+  const uint16_t* values = nullptr;
+  const uint32_t* deltas = nullptr;
+  int now = 0, left = 0;
+  int start = 0;  // column of the first entry, within its part
+  int row = -1;   // -1: none
+  int group = 0, word = 0, end = 0;  // of the tail, as `offsets` has them
+
+  // Issues the first loads of a slice and waits for none; `slice` counts through all parts, and
+  // slices from `behind` on are empty. Heads lie where the number of the slice says.
+  template <int kBits>
+  __device__ void open(const DeltaWeight& w, int slice, int behind, int lane, Chunk<kBits>& chunk) {
+    now = left = start = 0;
     row = -1;
-    if (slice >= end) return;
-    const int group = w.offsets[2 * slice], word = w.offsets[2 * slice + 1];
-    left = w.offsets[2 * slice + 2] - group;
-    values += (int64_t(group) * kLaneCount + lane) * kGroup;
-    deltas += int64_t(word) * kLaneCount + lane;
+    if (slice >= behind) return;
+    if (w.head) {
+      values = w.values + (int64_t(slice) * kChunkGroups * kLaneCount + lane) * kGroup;
+      deltas = w.deltas + int64_t(slice) * kBits * kLaneCount + lane;
+      left = kChunkGroups;
+      chunk.load(*this);
+    }
+    group = w.offsets[2 * slice];
+    word = w.offsets[2 * slice + 1];
+    end = w.offsets[2 * slice + 2];
     start = w.starts[int64_t(slice) * kLaneCount + lane];
     row = w.order[int64_t(slice) * (kLaneCount / w.lanes) + lane / w.lanes];
+    if (!w.head) {
+      find_tail(w, lane);
+      chunk.load(*this);
+    }
+  }
+  // With heads, to be called before the walk goes on: here it waits for the offsets.
+  __device__ void find_tail(const DeltaWeight& w, int lane) {
+    values = w.values + (int64_t(group) * kLaneCount + lane) * kGroup;
+    deltas = w.deltas + int64_t(word) * kLaneCount + lane;
+    left = end - group;
   }
 };
 
@@ -69,9 +92,6 @@ struct Chunk {
   // stream's end is not read.
   __device__ void load(const Walk& walk, int g) {
     if (g < walk.left) values[g] = load_streaming(walk.values + g * kLaneCount * kGroup);
-    load_deltas(walk, g);
-  }
-  __device__ void load_deltas(const Walk& walk, int g) {
 #pragma unroll
     for (int i = 0; i < kBits; ++i) {
       const bool here = 32 * i + 31 < (g + 1) * kGroup * kBits && 32 * i + 31 >= g * kGroup * kBits;
@@ -88,6 +108,7 @@ struct Chunk {
   __device__ static void step(Walk& walk) {
     walk.values += kChunkGroups * kLaneCount * kGroup;
     walk.deltas += kBits * kLaneCount;
+    walk.now = walk.left;
     walk.left -= kChunkGroups;
   }
 

@@ -18,21 +18,21 @@ constexpr int kDenseThreads = 256;
 // Calls put(group, entry of the group, bits, column) for the entries of one lane's stream, fillers
 // included, in their order.
 template <int kBits, typename Put>
-__device__ inline void for_each_entry(Walk walk, Put put) {
+__device__ inline void for_each_entry(const DeltaWeight& w, Walk& walk, Chunk<kBits>& chunk,
+                                      int lane, Put put) {
+  if (w.head) walk.find_tail(w, lane);
   int column = walk.start;
-  Chunk<kBits> chunk;
-  for (int first = 0; walk.left > 0; first += kChunkGroups) {
-    const int left = walk.left;
-    chunk.load(walk);
+  for (int first = 0; walk.now > 0; first += kChunkGroups) {
 #pragma unroll
     for (int g = 0; g < kChunkGroups; ++g) {
-      if (g >= left) break;
+      if (g >= walk.now) break;
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
         column += int(chunk.template delta<0>(g * kGroup + j));
         put(first + g, j, entry_bits(chunk.values[g], j), column);
       }
     }
+    chunk.load(walk);
   }
 }
 
@@ -50,7 +50,7 @@ __device__ inline void store_row(uint16_t* out, const uint16_t* row, int count, 
 // Grid (slices, parts). Shared: `at_once` rows of `stride` elements; aligned: rows of W begin on
 // 16-byte boundaries and are a multiple of them long.
 template <int kBits>
-__global__ void __launch_bounds__(kDenseThreads)
+__global__ void __launch_bounds__(kDenseThreads, 2)
     expand_slices(DeltaWeight w, uint16_t* dense, int stride, int at_once, bool aligned) {
   LW_DYNAMIC_SHARED(shared);
   uint16_t* rows = reinterpret_cast<uint16_t*>(shared);
@@ -69,8 +69,9 @@ __global__ void __launch_bounds__(kDenseThreads)
     const int mine = lane / w.lanes - first;
     if (threadIdx.x < kLaneCount && mine >= 0 && mine < count) {
       Walk walk;
-      walk.open(w, slice, slice + 1, lane);
-      for_each_entry<kBits>(walk, [&](int, int, uint16_t bits, int at) {
+      Chunk<kBits> chunk;
+      walk.open(w, slice, slice + 1, lane, chunk);
+      for_each_entry(w, walk, chunk, lane, [&](int, int, uint16_t bits, int at) {
         if (bits != kFiller) rows[mine * stride + at] = bits;
       });
     }
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(kDenseThreads)
 // values[i] = dense[row, column] of each entry, 0 for fillers of w; a warp for each slice. Grid
 // (ceil(slices / warps of a block), parts).
 template <int kBits>
-__global__ void __launch_bounds__(kDenseThreads)
+__global__ void __launch_bounds__(kDenseThreads, 2)
     gather_slices(DeltaWeight w, const uint16_t* dense, uint16_t* values) {
   constexpr int kWarps = kDenseThreads / kLaneCount;
   const int lane = int(threadIdx.x) % kLaneCount;
@@ -95,18 +96,19 @@ __global__ void __launch_bounds__(kDenseThreads)
   if (in_part >= w.slices) return;
   const int slice = int(blockIdx.y) * w.slices + in_part;
   Walk walk;
-  walk.open(w, slice, slice + 1, lane);
+  Chunk<kBits> chunk;
+  walk.open(w, slice, slice + 1, lane, chunk);
   const uint16_t* row =
       dense + (walk.row < 0 ? 0 : walk.row) * w.columns + int64_t(blockIdx.y) * w.part;
-  uint16_t* out = values + (walk.values - w.values);
   uint16_t group[kGroup];
-  for_each_entry<kBits>(walk, [&](int g, int j, uint16_t bits, int column) {
+  for_each_entry(w, walk, chunk, lane, [&](int g, int j, uint16_t bits, int column) {
     group[j] = bits == kFiller ? 0 : row[column];
     if (j < kGroup - 1) return;
     Vector16 packed;
 #pragma unroll
     for (int i = 0; i < 4; ++i) packed.word[i] = group[2 * i] | uint32_t(group[2 * i + 1]) << 16;
-    *reinterpret_cast<Vector16*>(out + int64_t(g) * kLaneCount * kGroup) = packed;
+    const int64_t at = g < w.head ? int64_t(slice) * w.head + g : walk.group + g - w.head;
+    *reinterpret_cast<Vector16*>(values + (at * kLaneCount + lane) * kGroup) = packed;
   });
 }
 

@@ -18,8 +18,8 @@ struct Parts {
 
 // The weight, its sizes checked; what the indices say is formats/delta.py's to vouch for.
 DeltaWeight check_weight(const char* op, const Parts& parts) {
-  require(parts.shape.size() == 2 && parts.layout.size() == 3, op,
-          "expected shape [N, K] and layout [bits, lanes, part]");
+  require(parts.shape.size() == 2 && parts.layout.size() == 4, op,
+          "expected shape [N, K] and layout [bits, lanes, part, head]");
   DeltaWeight w{};
   w.rows = parts.shape[0];
   w.columns = parts.shape[1];
@@ -32,6 +32,8 @@ DeltaWeight check_weight(const char* op, const Parts& parts) {
           "lanes must be a power of two up to 32, got ", lanes);
   require(part >= 8 && part <= 32768 && part % 8 == 0, op,
           "part must be a multiple of 8 from 8 to 32768, got ", part);
+  require(parts.layout[3] == 0 || parts.layout[3] == kChunkGroups, op, "head must be 0 or 4, got ",
+          parts.layout[3]);
   const int64_t count = w.columns ? div_up(w.columns, part) : 1;
   const int64_t slices = div_up(w.rows * lanes, kLaneCount);
   require(count <= 65535 && slices * count < int64_t(1) << 31, op, "too many slices: ", slices,
@@ -46,6 +48,7 @@ DeltaWeight check_weight(const char* op, const Parts& parts) {
   w.lanes = int(lanes);
   w.part = int(part);
   w.parts = int(count);
+  w.head = int(parts.layout[3]);
   w.slices = int(slices);
   w.values = static_cast<const uint16_t*>(address(parts.values));
   w.deltas = static_cast<const uint32_t*>(address(parts.deltas));

@@ -10,7 +10,8 @@
 //   instructions  128 / 6.9 = 18 keep up with memory; the main loop has 7.3 (sm_90a, one token:
 //                 delta 2, gather 1, two conversions, one product, loads and loop 1.3)
 // A lane adds up its own stream, one column after the other, so nothing is scanned or shuffled
-// before the row's end. At most 16 warps share one copy of x; each has 3 to 4 KB under way.
+// before the row's end. At most 16 warps share one copy of x; each has 2 to 3 KB under way, and the
+// first 2.6 KB since before x is staged.
 #pragma once
 
 #include <cstdint>
@@ -126,11 +127,11 @@ __device__ inline void add_group(const Chunk<kBits>& chunk, int g, SharedAddress
   }
 }
 
-// Adds the products of the chunk, `left` groups, and loads the next one in its place.
+// Adds the products of the chunk and loads the next one in its place.
 template <typename T, int kTokens, bool kGuard, int kBits>
-__device__ inline void add_chunk(Chunk<kBits>& chunk, Walk& walk, int left, SharedAddress& at,
+__device__ inline void add_chunk(Chunk<kBits>& chunk, Walk& walk, SharedAddress& at,
                                  float (&sum)[kTokens]) {
-  if (left >= kChunkGroups) {
+  if (walk.now >= kChunkGroups) {
 #pragma unroll
     for (int g = 0; g < kChunkGroups; ++g) {
       add_group<T, kTokens, kGuard>(chunk, g, at, sum);
@@ -139,7 +140,7 @@ __device__ inline void add_chunk(Chunk<kBits>& chunk, Walk& walk, int left, Shar
   } else {
 #pragma unroll
     for (int g = 0; g < kChunkGroups - 1; ++g) {
-      if (g < left) add_group<T, kTokens, kGuard>(chunk, g, at, sum);
+      if (g < walk.now) add_group<T, kTokens, kGuard>(chunk, g, at, sum);
     }
   }
   chunk.step(walk);
@@ -147,8 +148,8 @@ __device__ inline void add_chunk(Chunk<kBits>& chunk, Walk& walk, int left, Shar
 
 // Adds up the streams of each row, always in the same order, and writes the row's outputs.
 template <typename T, int kTokens>
-__device__ inline void finish_row(const DeltaCall<T>& call, int row, int64_t token, int lane,
-                                  float (&sum)[kTokens]) {
+__device__ inline void finish_row(const DeltaCall<T>& call, int row, float bias, int64_t token,
+                                  int lane, float (&sum)[kTokens]) {
   const DeltaWeight& w = call.weight;
   for (int distance = w.lanes / 2; distance > 0; distance /= 2) {
 #pragma unroll
@@ -162,7 +163,6 @@ __device__ inline void finish_row(const DeltaCall<T>& call, int row, int64_t tok
     if (w.parts > 1) {
       call.partial[blockIdx.z * call.tokens * w.rows + place] = sum[t];
     } else {
-      const float bias = call.bias ? to_float(call.bias[row]) : 0.f;
       call.y[place] = from_float<T>(activate(sum[t] + bias, call.activation));
     }
   }
@@ -175,16 +175,15 @@ __device__ inline void run_slices(const DeltaCall<T>& call, int slice, int step,
                                   SharedAddress staged) {
   const int lane = int(threadIdx.x) % kLaneCount;
   while (slice < end) {
+    if (call.weight.head) walk.find_tail(call.weight, lane);
     SharedAddress at = staged + uint32_t(walk.start) * 2 * kTokens;
-    float sum[kTokens] = {};
-    while (walk.left > -kChunkGroups) {
-      add_chunk<T, kTokens, kGuard>(chunk, walk, walk.left + kChunkGroups, at, sum);
-    }
     const int row = walk.row;
+    const float bias = call.bias && row >= 0 ? to_float(call.bias[row]) : 0.f;
+    float sum[kTokens] = {};
+    while (walk.now > 0) add_chunk<T, kTokens, kGuard>(chunk, walk, at, sum);
     slice += step;
-    walk.open(call.weight, slice, end, lane);
-    chunk.load(walk);
-    finish_row(call, row, token, lane, sum);
+    walk.open(call.weight, slice, end, lane, chunk);
+    finish_row(call, row, bias, token, lane, sum);
   }
 }
 
@@ -204,9 +203,8 @@ __global__ void __launch_bounds__(kDeltaWarps* kLaneCount, 1)
   const int64_t token = int64_t(blockIdx.y) * kTokens;
 
   Walk walk;
-  walk.open(w, slice, end, lane);
   Chunk<kBits> chunk;
-  chunk.load(walk);
+  walk.open(w, slice, end, lane, chunk);
 
   if (threadIdx.x == 0) special = 0;
   __syncthreads();

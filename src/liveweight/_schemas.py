@@ -97,7 +97,7 @@ SCHEMAS: dict[str, str] = {
         Tensor order,
         Tensor offsets,
         int[2] shape,
-        int[3] layout,
+        int[4] layout,
         Tensor? bias,
         int activation
     ) -> Tensor""",
@@ -110,7 +110,7 @@ SCHEMAS: dict[str, str] = {
         Tensor order,
         Tensor offsets,
         int[2] shape,
-        int[3] layout
+        int[4] layout
     ) -> Tensor""",
     "delta_to_dense": """(
         Tensor values,
@@ -119,7 +119,7 @@ SCHEMAS: dict[str, str] = {
         Tensor order,
         Tensor offsets,
         int[2] shape,
-        int[3] layout
+        int[4] layout
     ) -> Tensor""",
     "block_linear": """(
         Tensor x,

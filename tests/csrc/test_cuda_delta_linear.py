@@ -24,13 +24,15 @@ class Case:
     bits: int | None = None
     lanes: int | None = None
     part: int | None = None
+    head: int | None = None
 
     def weight(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, Delta]:
         generator = torch.Generator().manual_seed(self.N * 31 + self.K)
         size = (self.N, self.K)
         kept = torch.rand(size, generator=generator) < self.density
         dense = (torch.randn(size, generator=generator) * kept).to(dtype).to(device)
-        return dense, Delta.from_dense(dense, bits=self.bits, lanes=self.lanes, part=self.part)
+        layout = {"bits": self.bits, "lanes": self.lanes, "part": self.part, "head": self.head}
+        return dense, Delta.from_dense(dense, **layout)
 
 
 def index_of(packed: Delta) -> tuple:
@@ -70,6 +72,10 @@ RAGGED = [
     Case(12, 900, 0.01, bits=4, lanes=1),
     Case(20, 200, 0.3, bits=5, lanes=16, part=64),
     Case(290, 130, 0.2, bits=5, lanes=32),
+    Case(33, 700, 0.1, bits=5, lanes=2, head=4),
+    Case(21, 500, 0.2, bits=4, lanes=1, head=4),
+    Case(70, 96, 0.1, bits=8, lanes=1, head=4),
+    Case(7, 1300, 0.1, bits=6, lanes=8, part=640, head=4),
 ]
 
 
@@ -168,7 +174,16 @@ def test_expanding_and_gradients_of_values(kernels, dtype):
 @pytest.mark.sanitized
 @pytest.mark.parametrize("M", [1, 3, 8])
 def test_nothing_outside_the_tensors_is_read(kernels, M):
-    for case in [RAGGED[0], RAGGED[1], RAGGED[4], RAGGED[5], RAGGED[6], RAGGED[9]]:
+    for case in [
+        RAGGED[0],
+        RAGGED[1],
+        RAGGED[4],
+        RAGGED[5],
+        RAGGED[6],
+        RAGGED[9],
+        RAGGED[-1],
+        RAGGED[-2],
+    ]:
         dense, packed = case.weight(torch.bfloat16, kernels.device)
         for offset in (0, 1):
             # x begins `offset` elements behind a boundary and ends with its storage.
@@ -231,9 +246,12 @@ def test_launcher_refuses_what_it_cannot_take(kernels):
     refused("x must be BFloat16 or Half, got Float", x=x.float(), values=values.float())
     refused(r"bias must have shape \[6\], got \[5\]", bias=x[0, :5].contiguous())
     refused("activation must be 0, 1, 2 or 3, got 4", activation=4)
-    refused("bits must be 4, 5, 6 or 8, got 7", index=(*index[:5], (7, 1, 40)))
-    refused("lanes must be a power of two up to 32, got 3", index=(*index[:5], (4, 3, 40)))
-    refused("part must be a multiple of 8 from 8 to 32768, got 12", index=(*index[:5], (4, 1, 12)))
+    refused("bits must be 4, 5, 6 or 8, got 7", index=(*index[:5], (7, 1, 40, 0)))
+    refused("lanes must be a power of two up to 32, got 3", index=(*index[:5], (4, 3, 40, 0)))
+    refused(
+        "part must be a multiple of 8 from 8 to 32768, got 12", index=(*index[:5], (4, 1, 12, 0))
+    )
+    refused("head must be 0 or 4, got 1", index=(*index[:5], (4, 1, 40, 1)))
     refused("starts must be Short, got Int", index=(index[0], index[1].int(), *index[2:]))
     refused("order must have shape", index=(*index[:2], index[2][:, :1].contiguous(), *index[3:]))
     moved = torch.cat((values[:1], values))[1:]

@@ -29,6 +29,7 @@ def cases(draw):
         "bits": draw(st.sampled_from([None, 4, 5, 6, 8])),
         "lanes": draw(st.sampled_from([None, 1, 2, 4, 8, 16, 32])),
         "part": draw(st.sampled_from([None, 8, 64, 32768])),
+        "head": draw(st.sampled_from([None, 0, 4])),
     }
     return weight, given_layout
 
@@ -59,7 +60,7 @@ def test_mask_says_what_is_kept(case):
 def test_small_example():
     weight = torch.zeros(2, 64)
     weight[0, 3], weight[1, 1], weight[1, 40], weight[1, 42] = 1.0, 2.0, 3.0, -4.0
-    packed = Delta.from_dense(weight, bits=4, lanes=1)
+    packed = Delta.from_dense(weight, bits=4, lanes=1, head=0)
     # Row 1 is longer and stands first; from 1 to 40 are two fillers, at 16 and 31.
     assert packed.order[0].tolist()[:3] == [1, 0, -1]
     assert packed.offsets.tolist() == [[0, 0], [1, 1]]
@@ -81,7 +82,8 @@ def test_layout_suits_the_weight():
 
     assert [layout(256, 4096, d)[0] for d in (0.25, 0.1, 0.05, 0.01)] == [4, 5, 6, 8]
     assert layout(8192, 512, 0.2)[1] <= 4 and layout(64, 8192, 0.2)[1] == 32
-    assert layout(4, 8, 1.0)[1] == 1  # streams of less than 16 entries are mostly filling
+    assert layout(4, 8, 1.0)[1] == 1  # streams of less than 32 entries are mostly filling
+    assert layout(64, 8192, 0.2)[3] == 4 and layout(64, 512, 0.02)[3] == 0
     assert layout(2, 70000, 0.01)[2] == 23336 and layout(2, 13, 0.5)[2] == 16
 
 
@@ -97,6 +99,7 @@ def test_packing_refuses_what_it_does_not_know():
         ("bits must be one of", {"bits": 7}),
         ("lanes must be a power of two", {"lanes": 3}),
         ("part must be a multiple of 8", {"part": 12}),
+        ("head must be 0 or 4", {"head": 2}),
         ("part must be a multiple of 8", {"part": 65536}),
         ("mask must have shape", {"mask": torch.ones(3, 2) > 0}),
     ]:
@@ -120,7 +123,7 @@ def broken(packed: Delta):
     more[-1, 1] += 1
     words = torch.cat((packed.deltas, packed.deltas[:32]))
     yield r"shape must be \(N, K\)", ValueError, change(packed, shape=(3,))
-    yield r"layout must be \(bits, lanes, part\)", ValueError, change(packed, layout=(4, 1))
+    yield r"layout must be \(bits, lanes, part, head\)", ValueError, change(packed, layout=(4, 1))
     yield "deltas must be int32, got int64", TypeError, change(packed, deltas=packed.deltas.long())
     yield (
         r"starts must be \[1, 32\], got \[1, 31\]",
@@ -141,10 +144,11 @@ def broken(packed: Delta):
     yield "a stream of no row must hold fillers alone", ValueError, change(packed, values=full)
 
 
-def test_validate_names_what_is_wrong():
+@pytest.mark.parametrize("head", [0, 4])
+def test_validate_names_what_is_wrong(head):
     weight = torch.zeros(3, 40)
     weight[0, ::4], weight[1, 7], weight[2, 3:9] = 1.0, 2.0, 3.0
-    packed = Delta.from_dense(weight, bits=4, lanes=1).validate()
+    packed = Delta.from_dense(weight, bits=4, lanes=1, head=head).validate()
     for message, error, bad in broken(packed):
         with pytest.raises(error, match=message):
             bad.validate()

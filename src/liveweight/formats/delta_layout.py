@@ -14,15 +14,17 @@ MOST_PART = 32768  # columns that one part may have, so that its first columns f
 
 # A GPU with 132 multiprocessors needs about 8 warps on each, to keep enough loads in flight.
 _SLICES = 1024
-_LEAST_STREAM = 16  # entries; shorter streams are mostly filling
+_LEAST_STREAM = 32  # entries; shorter streams have too much filling
+HEAD = 4  # groups that a lane loads at once
+_HEAD_COST = 0.02  # of the bytes, what heads may cost where streams are shorter than they
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The numbers that say how a weight [rows, columns] is cut.
 
-    bits of a delta; lanes (streams) that share a row; columns of a part. Rows of the parts follow
-    each other: place p * rows + n is row n of part p.
+    bits of a delta; lanes (streams) that share a row; columns of a part; groups of a head, 0 or 4.
+    Rows of the parts follow each other: place p * rows + n is row n of part p.
     """
 
     rows: int
@@ -30,6 +32,12 @@ class Layout:
     bits: int
     lanes: int
     part: int
+    head: int = 0
+
+    @property
+    def head_words(self) -> int:
+        """Rows of words that a head takes."""
+        return self.head * GROUP * self.bits // 32
 
     @property
     def parts(self) -> int:
@@ -123,7 +131,7 @@ class Slices:
     """Where everything goes.
 
     order    [slices of all parts, rows per slice] int32: row, longest first, -1 for no row
-    offsets  [slices of all parts + 1, 2] int32: first group, and first row of 32 words of deltas
+    offsets  [slices of all parts + 1, 2] int32: of each tail, first group and first row of words
     slot     int64 [parts * rows]: which place of `order`, flattened, a row has
     """
 
@@ -144,15 +152,28 @@ def arrange(lengths: Tensor, layout: Layout) -> Slices:
     slot = torch.empty_like(by_part)
     ranks = torch.arange(layout.rows, device=device).expand_as(rows)
     slot.scatter_(1, rows, ranks + first * padded)
-    longest = ranked[:, ::per].reshape(-1)  # the first row of a slice is its longest
-    groups = _ceil(_ceil(longest, layout.lanes), GROUP)
+    groups = (_groups(ranked, layout) - layout.head).clamp(min=0)
     words = _ceil(groups * (GROUP * layout.bits), 32)
-    sizes = torch.stack((groups, words), 1)
-    offsets = torch.zeros((sizes.shape[0] + 1, 2), dtype=torch.int64, device=device)
-    torch.cumsum(sizes, 0, out=offsets[1:])
+    heads = torch.tensor([[layout.head, layout.head_words]], device=device) * groups.numel()
+    tails = torch.stack((groups, words), 1).cumsum(0)
+    offsets = torch.cat((heads, heads + tails))
     if int(offsets[-1].max()) >= 2**31:
         raise ValueError(f"Delta: too many entries, expected fewer than {2**31 * 256}")
     return Slices(order.reshape(-1, per), offsets.int(), slot.reshape(-1))
+
+
+def _groups(ranked: Tensor, layout: Layout) -> Tensor:
+    """Return the groups of each slice, of lengths [parts, rows] that fall along the rows."""
+    longest = ranked[:, :: layout.rows_per_slice].reshape(-1)
+    return _ceil(_ceil(longest, layout.lanes), GROUP)
+
+
+def pick_head(lengths: Tensor, layout: Layout) -> int:
+    """Return whether heads pay: HEAD, or 0 where too many streams are shorter than they."""
+    ranked = lengths.reshape(layout.parts, layout.rows).sort(dim=1, descending=True).values
+    groups = _groups(ranked, layout)
+    filling = int((HEAD - groups).clamp(min=0).sum())
+    return HEAD if int(groups.sum()) > 0 and filling <= _HEAD_COST * int(groups.sum()) else 0
 
 
 def _ceil(a: Tensor, b: int) -> Tensor:
@@ -170,15 +191,20 @@ def streams(sequence: Sequence, slices: Slices, layout: Layout) -> tuple[Tensor,
     return slot // layout.rows_per_slice, lane, at % share
 
 
-def value_index(slices: Slices, where: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def value_index(slices: Slices, where: tuple[Tensor, Tensor, Tensor], layout: Layout) -> Tensor:
     """Return where in `values` each entry stands: int64 [entries]."""
     part, lane, at = where
-    group = slices.offsets[:, 0].long()[part] + at // GROUP
+    group = _row_of(slices.offsets[:, 0], part, at // GROUP, layout.head)
     return (group * LANES + lane) * GROUP + at % GROUP
 
 
+def _row_of(tails: Tensor, part: Tensor, at: Tensor, head: int) -> Tensor:
+    """Return which group (row of words) is the at-th of slice `part`, whose head has `head`."""
+    return torch.where(at < head, part * head + at, tails.long()[part] + at - head)
+
+
 def pack_deltas(
-    sequence: Sequence, slices: Slices, where: tuple[Tensor, Tensor, Tensor], bits: int
+    sequence: Sequence, slices: Slices, where: tuple[Tensor, Tensor, Tensor], layout: Layout
 ) -> tuple[Tensor, Tensor]:
     """Return deltas, int32 words, and starts, int16 [slices, 32]."""
     part, lane, at = where
@@ -190,17 +216,32 @@ def pack_deltas(
     head = at == 0
     starts[part[head], lane[head]] = column[head]
     # Fields do not overlap, so adding them is or-ing them; what passes 32 bits is the next word's.
-    bit = at * bits
-    word = (slices.offsets[:, 1].long()[part] + bit // 32) * LANES + lane
-    words = column.new_zeros(int(slices.offsets[-1, 1]) * LANES + LANES)
+    bit = at * layout.bits
+    tails, rows = slices.offsets[:, 1], int(slices.offsets[-1, 1])
+    words = column.new_zeros((rows + 1) * LANES)
     field = delta << bit % 32
-    words.index_add_(0, word, field & 0xFFFFFFFF)
-    words.index_add_(0, word + LANES, field >> 32)
+    for low, value in ((0, field & 0xFFFFFFFF), (1, field >> 32)):
+        row = _row_of(tails, part, bit // 32 + low, layout.head_words)
+        words.index_add_(0, row.clamp(max=rows) * LANES + lane, value)
     return _to_int32(words[:-LANES]), starts.to(torch.int16)
 
 
 def _to_int32(words: Tensor) -> Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def slice_groups(offsets: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Return, for every group of values, its slice and how many of its stream stand before it."""
+    tails = offsets[:, 0].long()
+    count, groups = tails.numel() - 1, int(tails[-1])
+    group = torch.arange(groups, device=offsets.device)
+    heads = count * layout.head
+    tail = torch.repeat_interleave(tails.diff(), output_size=groups - heads)
+    if layout.head == 0:
+        return tail, group - tails[tail]
+    part = torch.cat((group[:heads] // layout.head, tail))
+    before = torch.cat((group[:heads] % layout.head, group[heads:] - tails[tail] + layout.head))
+    return part, before
 
 
 def unpack(
@@ -210,25 +251,30 @@ def unpack(
 
     Rows are -1 in the streams of no row.
     """
-    offsets = offsets.long()
-    groups = int(offsets[-1, 0])
-    device = deltas.device
-    part = torch.repeat_interleave(offsets[:, 0].diff(), output_size=groups)
-    group = torch.arange(groups, device=device)
-    at = (group - offsets[part, 0])[:, None] * GROUP + torch.arange(GROUP, device=device)
-    bit = at * layout.bits
-    lanes = torch.arange(LANES, device=device)
-    word = ((offsets[part, 1][:, None] + bit // 32) * LANES)[:, None] + lanes[:, None]
+    device, tails = deltas.device, offsets[:, 1]
+    part, before = slice_groups(offsets, layout)
+    groups = part.numel()
+    bit = (before[:, None] * GROUP + torch.arange(GROUP, device=device)) * layout.bits
     words = torch.cat((deltas, deltas.new_zeros(LANES))).long() & 0xFFFFFFFF
-    shift = (bit % 32)[:, None]
-    mask = (1 << layout.bits) - 1
-    # The low 8 bits of the next word are enough for what a field has there.
-    delta = ((words[word] | (words[word + LANES] & 0xFF) << 32) >> shift) & mask
-    along = delta.transpose(0, 1).reshape(LANES, groups * GROUP).cumsum(1)
-    along = along.reshape(LANES, groups, GROUP).transpose(0, 1)
-    # The sum of all slices before is taken away: each stream begins anew, its first delta being 0.
-    first = offsets[part, 0]
-    column = along - along[first, :, 0][:, :, None] + starts.long()[part][:, :, None]
-    row = order.long()[part].repeat_interleave(layout.lanes, 1)[:, :, None].expand_as(column)
-    begin = part // max(layout.slices, 1) * layout.part
-    return row.reshape(-1), (column + begin[:, None, None]).reshape(-1)
+    words = words.reshape(-1, LANES)
+    field = 0
+    for low in (0, 1):
+        row = _row_of(tails, part[:, None], bit // 32 + low, layout.head_words)
+        # The low 8 bits of the next word are enough for what a field has there.
+        field = (
+            field | (words[row.clamp(max=words.shape[0] - 1)] & (0xFF if low else -1)) << 32 * low
+        )
+    delta = (field >> (bit % 32)[:, :, None]) & ((1 << layout.bits) - 1)  # [groups, 8, 32]
+    # Sums run along all streams at once; what stood before a slice is then taken away. The first
+    # delta of a stream is 0, so that is the sum at its first entry.
+    in_order = torch.argsort(part, stable=True)
+    along = torch.empty_like(delta)
+    sums = delta[in_order].reshape(groups * GROUP, LANES).cumsum(0)
+    along[in_order] = sums.reshape(groups, GROUP, LANES)
+    first = torch.zeros(starts.shape[0], LANES, dtype=torch.int64, device=device)
+    begins = before == 0
+    first[part[begins]] = along[begins, 0]
+    column = along + (starts.long() - first)[part][:, None]
+    column = column + (part // max(layout.slices, 1) * layout.part)[:, None, None]
+    row = order.long()[part].repeat_interleave(layout.lanes, 1)[:, None].expand_as(column)
+    return row.transpose(1, 2).reshape(-1), column.transpose(1, 2).reshape(-1)
