@@ -7,34 +7,18 @@ counted in the disassembly (cuobjdump comes with Triton).
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import os
 import pathlib
 import re
-import subprocess
 import tempfile
 from typing import Any
 
 import triton
+from sass import blocks_per_multiprocessor, count, disassemble, loops, opcodes
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from liveweight.kernels.tiles import Tile
-
-TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-COUNTED = (
-    "HGMMA", "HMMA", "FFMA", "UTMALDG", "UTMASTG", "LDGSTS.128", "LDGSTS", "LDG.128", "LDG",
-    "STL", "LDL", "ATOM", "RED",
-)  # fmt: skip
-# Per architecture: threads, blocks and bytes of shared memory that a multiprocessor holds.
-RESIDENT = {
-    80: (2048, 32, 164 << 10),
-    86: (1536, 16, 100 << 10),
-    89: (1536, 24, 100 << 10),
-    90: (2048, 32, 228 << 10),
-}
-RESERVED_SHARED = 1 << 10  # bytes that the driver takes of every block's shared memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,65 +90,6 @@ class Facts:
     wide: int = 0  # 16-byte loads that must be there
     copies: int = 0  # of those, in every main loop
     tma: bool = False  # whether operands must come through tensor descriptors
-
-
-def disassemble(cubin: pathlib.Path, *options: str) -> str:
-    env = dict(os.environ, PATH=f"{TOOLS}{os.pathsep}{os.environ['PATH']}")
-    command = [str(TOOLS / "cuobjdump"), *options, str(cubin)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout
-
-
-_INSTRUCTION = re.compile(
-    r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", re.M
-)
-
-
-def opcodes(sass: str) -> list[str]:
-    return [match[2] for match in _INSTRUCTION.finditer(sass)]
-
-
-def count(ops: list[str]) -> dict[str, int]:
-    """Count instructions by name; those with .128 are the 16-byte ones among their kind."""
-    names = collections.Counter(op.split(".")[0] for op in ops)
-    for kind in ("LDG", "LDGSTS"):
-        names[f"{kind}.128"] = sum(op.startswith(f"{kind}.") and ".128" in op for op in ops)
-    names["ATOM"] = sum(op.startswith("ATOM") for op in ops)
-    return {name: names[name] for name in COUNTED if names[name]}
-
-
-def loops(sass: str) -> list[dict[str, int]]:
-    """Count the instructions of every innermost loop that holds a tensor-core product."""
-    found = []
-    code = [(int(m[1], 16), m[2], m[3]) for m in _INSTRUCTION.finditer(sass)]
-    places = {address: i for i, (address, _, _) in enumerate(code)}
-    for i, (_, op, rest) in enumerate(code):
-        target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
-        start = places.get(int(target[1], 16), i + 1) if target else i + 1
-        if start <= i:
-            found.append((start, i))
-    # Waiting code that lies behind a loop jumps back into its middle, which makes it no loop.
-    found = [(s, e) for s, e in found if not any(a < s <= b < e for a, b in found)]
-    held = [
-        (start, end)
-        for start, end in found
-        if any(op.startswith(("HGMMA", "HMMA")) for _, op, _ in code[start : end + 1])
-    ]
-    inner = [
-        (s, e) for s, e in held if not any(s <= a and b <= e and (a, b) != (s, e) for a, b in held)
-    ]
-    bodies = ([op for _, op, _ in code[start : end + 1]] for start, end in inner)
-    return [{"all": len(body), **count(body)} for body in bodies]
-
-
-def blocks_per_multiprocessor(arch: int, registers: int, threads: int, shared: int) -> int:
-    """Return how many blocks of threads one multiprocessor holds at once."""
-    most_threads, most_blocks, most_shared = RESIDENT[arch]
-    warps = threads // 32
-    register_warps = 65536 // (-(-registers // 8) * 8 * 32)  # given out in eights per thread
-    # Each of four schedulers has a quarter of the registers.
-    by_registers = register_warps // 4 * 4 // warps
-    by_shared = most_shared // (shared + RESERVED_SHARED)
-    return min(most_blocks, most_threads // threads, by_registers, by_shared)
 
 
 def _compile(case: Case):
