@@ -16,6 +16,10 @@ struct alignas(16) Vector16 {
   uint32_t word[4];
 };
 
+struct alignas(8) Vector8 {
+  uint32_t word[2];
+};
+
 struct Bf16 {
   uint16_t bits;
 };
@@ -67,6 +71,19 @@ __host__ __device__ inline T load_global(const T* address) {
   return value;
 #else
   return *address;
+#endif
+}
+
+// ld.global.nc.L1::no_allocate.v2.u32: the same of 8 bytes.
+__host__ __device__ inline Vector8 load_streaming8(const void* address) {
+#if defined(__CUDA_ARCH__)
+  Vector8 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.word[0]), "=r"(v.word[1])
+               : "l"(address));
+  return v;
+#else
+  return *static_cast<const Vector8*>(address);
 #endif
 }
 

@@ -287,4 +287,36 @@ SCHEMAS: dict[str, str] = {
         Tensor x,
         Tensor mask_bits
     ) -> Tensor""",
+    "semi_structured_linear": """(
+        Tensor x,
+        Tensor values,
+        Tensor meta,
+        int out_features,
+        Tensor? bias,
+        int activation,
+        bool batch_last
+    ) -> Tensor""",
+    "semi_structured_torch_linear": """(
+        Tensor x,
+        Tensor values,
+        Tensor meta,
+        int out_features,
+        Tensor? bias,
+        int activation,
+        bool batch_last,
+        str backend
+    ) -> Tensor""",
+    "semi_structured_pack": """(
+        Tensor weight,
+        Tensor? mask
+    ) -> (Tensor, Tensor, Tensor)""",
+    "semi_structured_to_dense": """(
+        Tensor values,
+        Tensor meta,
+        int[2] shape
+    ) -> Tensor""",
+    "semi_structured_take": """(
+        Tensor dense,
+        Tensor meta
+    ) -> Tensor""",
 }

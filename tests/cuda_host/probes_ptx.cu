@@ -197,9 +197,11 @@ __global__ void widen_kernel(const Vector16* x, int vectors, float* out) {
   widen(loaded, values, T{});
   for (int k = 0; k < kPer; ++k) out[i * kPer + k] = values[k];
   if constexpr (kPer == 8) {
+    const Vector8 parts[2] = {load_streaming8(x + i), load_streaming8(x[i].word + 2)};
     for (int k = 0; k < 4; ++k) {
-      out[(vectors + i) * kPer + 2 * k] = low_half(loaded.word[k], T{});
-      out[(vectors + i) * kPer + 2 * k + 1] = high_half(loaded.word[k], T{});
+      const uint32_t word = parts[k / 2].word[k % 2];
+      out[(vectors + i) * kPer + 2 * k] = low_half(word, T{});
+      out[(vectors + i) * kPer + 2 * k + 1] = high_half(word, T{});
     }
   }
 }

@@ -55,5 +55,7 @@ def test_messages():
         NM.from_dense(torch.tensor([[0.0, 1, 0, 1, 1, 1, 1]]))
     with pytest.raises(ValueError, match="1 <= n <= m, got n=3, m=2"):
         NM.from_dense(torch.ones(1, 2), n=3, m=2)
-    with pytest.raises(TypeError, match="weight must be formats.NM, got Unstructured"):
+    with pytest.raises(
+        TypeError, match="weight must be formats.NM or formats.SemiStructured, got Unstr"
+    ):
         nm_linear(torch.ones(1, 2), Unstructured.from_dense(torch.ones(1, 2)))

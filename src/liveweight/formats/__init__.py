@@ -6,6 +6,7 @@ from liveweight.formats.block_kernels import BlockKernels
 from liveweight.formats.delta import Delta
 from liveweight.formats.kernelwise import Kernelwise
 from liveweight.formats.nm import NM
+from liveweight.formats.semi_structured import SemiStructured
 from liveweight.formats.unstructured import Unstructured
 from liveweight.formats.unstructured_kernels import UnstructuredKernels
 
@@ -16,6 +17,7 @@ __all__ = [
     "BlockKernels",
     "Delta",
     "Kernelwise",
+    "SemiStructured",
     "Unstructured",
     "UnstructuredKernels",
 ]

@@ -36,6 +36,13 @@ from liveweight.reference.masked_linear import (
 )
 from liveweight.reference.patch_gram import gram_norms_, patch_gram
 from liveweight.reference.scores import activity_stats_, mass_mask, top_k_mask
+from liveweight.reference.semi_structured import (
+    semi_structured_linear,
+    semi_structured_pack,
+    semi_structured_take,
+    semi_structured_to_dense,
+    semi_structured_torch_linear,
+)
 from liveweight.reference.unstructured_conv2d import (
     kernel_coordinates,
     lay_out,
@@ -80,6 +87,11 @@ __all__ = [
     "patch_gram",
     "scatter_kernels",
     "top_k_mask",
+    "semi_structured_linear",
+    "semi_structured_pack",
+    "semi_structured_take",
+    "semi_structured_to_dense",
+    "semi_structured_torch_linear",
     "unpack_mask_bits",
     "unstructured_conv2d",
     "unstructured_conv2d_grad_values",
