@@ -7,8 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from liveweight.prune import NNRelief, score
-from liveweight.prune.kernel_response import kernel_norms, output_positions, weight_norms
+from liveweight.prune import NNRelief, kernel_response, score
+from liveweight.prune.kernel_response import (
+    MeanKernelNorms,
+    kernel_norms,
+    output_positions,
+    weight_norms,
+)
 
 # An even kernel with padding="same" makes torch warn about a copy.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -24,6 +29,12 @@ CONVS = {
     "circular": (2, 2, 3, 1, 1, 1, 1, True, "circular"),
     "pointwise": (5, 2, 1),
 }  # arguments of nn.Conv2d
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Take the path of CUDA tensors; its ops run their references on a CPU."""
+    monkeypatch.setattr(kernel_response, "_is_fused", lambda conv, x: True)
 
 
 @pytest.fixture(params=CONVS)
@@ -64,6 +75,54 @@ def test_kernel_norms_of_the_mean_map(conv, norm):
     expected = brute(conv, mean[None], (lambda r: r.norm()) if norm == "fro" else lambda r: r.sum())
     found = kernel_norms(conv, conv.weight.detach(), mean, norm)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def test_fused_norms_of_the_mean_map(conv, fused):
+    mean = torch.rand(conv.in_channels, 9, 8, dtype=torch.float64)
+    found = kernel_norms(conv, conv.weight.detach(), mean, "fro")
+    torch.testing.assert_close(found, brute(conv, mean[None], torch.norm), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 64 << 20])
+def test_fused_and_unfolded_means_of_the_norms_are_one_number(conv, monkeypatch, chunk):
+    x, means = torch.randn(11, conv.in_channels, 9, 8), []
+    monkeypatch.setattr(kernel_response, "_CHUNK_BYTES", chunk)
+    for fused in (False, True):
+        monkeypatch.setattr(kernel_response, "_is_fused", lambda conv, x, fused=fused: fused)
+        seen = MeanKernelNorms(conv)
+        for part in (x[:4], x[4:10], x[10]):
+            seen.update(part)
+        assert seen.samples == 11 and seen.shape == (conv.in_channels, 9, 8)
+        means.append(seen.mean)
+    torch.testing.assert_close(means[1], means[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_fused_norms_of_other_dtypes(fused, dtype):
+    conv, x = nn.Conv2d(3, 4, 3).to(dtype), torch.randn(5, 3, 7, 6).to(dtype)
+    seen = MeanKernelNorms(conv)
+    seen.update(x)
+    wide = nn.Conv2d(3, 4, 3)
+    wide.load_state_dict({k: v.float() for k, v in conv.state_dict().items()})
+    want = brute(wide, x, lambda r: r.flatten(1).norm(dim=1).mean())
+    torch.testing.assert_close(seen.mean, want, rtol=1e-5, atol=0)
+
+
+@pytest.mark.gpu
+def test_norms_on_a_gpu_are_those_of_a_cpu(conv, gpu):
+    x = torch.randn(6, conv.in_channels, 9, 8)
+    seen = MeanKernelNorms(conv)
+    seen.update(x)
+    want = seen.mean
+    mean = x.double().abs().mean(0)
+    want_of_mean = kernel_norms(conv, conv.weight.detach(), mean, "fro")
+    conv = conv.to(gpu)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        seen = MeanKernelNorms(conv)
+        seen.update(x.to(gpu, memory_format=layout))
+        torch.testing.assert_close(seen.mean.cpu(), want, rtol=1e-5, atol=0)
+    got = kernel_norms(conv, conv.weight.detach(), mean.to(gpu), "fro")
+    torch.testing.assert_close(got.cpu(), want_of_mean, rtol=1e-5, atol=0)
 
 
 def test_output_positions(conv):

@@ -32,7 +32,66 @@ def _check_finite(name: str, values: Tensor) -> None:
         raise ValueError(f"layer '{name}' saw {bad} activations; scores need finite ones")
 
 
-class Activity:
+def _is_capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _check_no_capture(x: Tensor) -> None:
+    if _is_capturing(x):
+        raise RuntimeError(
+            "an observer saw its first batch while a CUDA graph was captured: run one batch "
+            "before the capture and call reset() after it"
+        )
+
+
+class Counted:
+    """What observers share: they add in place, so that a CUDA graph can hold their updates.
+
+    The first batch must be seen before the capture: it makes the sums, which the graph then adds
+    to. reset() forgets that batch. Replays are counted on the GPU.
+
+    samples  number of samples (of rows, for a Linear)
+    shape    of one sample
+    """
+
+    def __init__(self) -> None:
+        self.shape: tuple[int, ...] | None = None
+        self._seen = 0
+        self._replayed: Tensor | None = None  # int64 scalar beside the sums, on a GPU
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
+        if self.shape is None:
+            self.shape = shape
+        if shape != self.shape:
+            raise ValueError(
+                f"activations changed shape from {list(self.shape)} to {list(shape)}: "
+                "the samples of one call must have one size"
+            )
+
+    def _start(self, x: Tensor) -> None:
+        """Prepare for the first batch; raises RuntimeError while a CUDA graph is captured."""
+        _check_no_capture(x)
+        if x.is_cuda:
+            self._replayed = torch.zeros((), dtype=torch.int64, device=x.device)
+
+    def _count(self, samples: int) -> None:
+        if self._replayed is not None and _is_capturing(self._replayed):
+            self._replayed += samples
+        else:
+            self._seen += samples
+
+    @property
+    def samples(self) -> int:
+        return self._seen + (0 if self._replayed is None else int(self._replayed))
+
+    def reset(self) -> None:
+        """Forget all samples; the sums stay where they are."""
+        self._seen = 0
+        if self._replayed is not None:
+            self._replayed.zero_()
+
+
+class Activity(Counted):
     """Mean of |x| over samples, by one read of the activations.
 
     kind "linear": x [..., K], per feature; kind "conv": x [N, C, H, W], per map position.
@@ -40,9 +99,8 @@ class Activity:
     """
 
     def __init__(self, kind: str) -> None:
+        super().__init__()
         self._per = "feature" if kind == "linear" else "map"
-        self.samples = 0
-        self.shape: tuple[int, ...] | None = None
         self._stats: Tensor | None = None
 
     def update(self, x: Tensor) -> None:
@@ -52,16 +110,18 @@ class Activity:
         else:
             shape, rows = (x.shape[-1],), x[..., 0].numel()
         if self._stats is None:
-            self.shape = shape
+            self._start(x)
+        self._check_shape(shape)
+        if self._stats is None:
             self._stats = new_activity_stats(torch.Size(shape).numel(), device=x.device)
-        if shape != self.shape:
-            raise ValueError(
-                f"activations changed shape from {list(self.shape)} to {list(shape)}: "
-                "the samples of one call must have one size"
-            )
         x = x.detach() if x.dtype in _STATS_DTYPES else x.detach().float()
         activity_stats_(self._stats, x, per=self._per)
-        self.samples += rows
+        self._count(rows)
+
+    def reset(self) -> None:
+        super().reset()
+        if self._stats is not None:
+            self._stats.zero_()
 
     def check(self, name: str) -> None:
         _check_finite(name, self._stats[0])
@@ -75,28 +135,45 @@ class Alive:
     """Which output units are ever non-zero after the activation.
 
     activation  function after the layer ("relu" is decided by the largest value alone), or None
-    alive       bool [channels]
+    alive       bool [channels]; None before the first value
     """
 
     def __init__(self, activation: str | None, fn: Callable | None, channel_dim: int) -> None:
         self._relu = activation == "relu"
         self._fn = fn
         self._dim = channel_dim
-        self.alive: Tensor | None = None
+        self._peak: Tensor | None = None  # [channels] largest value, or bool: ever non-zero
 
     def update(self, x: Tensor) -> None:
         if not self._relu:
             x = (x if self._fn is None else self._fn(x)).ne(0)
-        if self._dim == -1:
-            peak = x.reshape(-1, x.shape[-1]).amax(0) if x.numel() else None
-        else:
-            x = x if x.dim() == 4 else x.unsqueeze(0)
-            peak = x.flatten(2).amax(2).amax(0) if x.numel() else None
-        if peak is None:
+        if x.numel() == 0:
             return
+        peak = self._largest(x.detach())
+        if self._peak is None:
+            _check_no_capture(x)
+            self._peak = peak
+        else:
+            torch.maximum(self._peak, peak, out=self._peak)  # in place: a CUDA graph can hold it
+
+    def _largest(self, x: Tensor) -> Tensor:
+        if self._dim == -1:
+            return x.reshape(-1, x.shape[-1]).amax(0)
+        x = x if x.dim() == 4 else x.unsqueeze(0)
+        # One launch on a GPU; CPUs are faster along one dimension after the other.
+        return x.amax((0, 2, 3)) if x.is_cuda else x.flatten(2).amax(2).amax(0)
+
+    def reset(self) -> None:
+        """Forget what came so far."""
+        if self._peak is not None:
+            self._peak.fill_(float("-inf") if self._relu else False)
+
+    @property
+    def alive(self) -> Tensor | None:
+        if self._peak is None or not self._relu:
+            return self._peak
         # Written so that NaN counts as alive: it is reported by the check of the layer it reaches.
-        alive = ~(peak <= 0) if self._relu else peak
-        self.alive = alive if self.alive is None else self.alive | alive
+        return ~(self._peak <= 0)
 
     def check(self, name: str) -> None:
         return

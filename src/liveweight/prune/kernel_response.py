@@ -7,7 +7,8 @@ For a kernel k and a non-negative input map, the response at one output position
     l1     sum over positions = |k|^T U 1
 
 so a layer needs one r*s x r*s Gram matrix (or one vector) per input channel, whatever the number of
-filters. Stride, padding and dilation only decide which patches U holds.
+filters. Stride, padding and dilation only decide which patches U holds. On CUDA the Gram matrices
+come from ops.patch_gram, which reads the maps once and never forms U; on a CPU, from U itself.
 """
 
 from __future__ import annotations
@@ -16,21 +17,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from liveweight.ops.patch_gram import MOST_TAPS, gram_norms_, patch_gram
+from liveweight.prune.activity import Counted
+
 _CHUNK_BYTES = 64 << 20
 
 
-def _pad(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def _sides(conv: nn.Conv2d) -> tuple[int, int, int, int]:
+    """Return the padding of a convolution: top, bottom, left, right."""
     if conv.padding == "valid":
-        return x
+        return (0, 0, 0, 0)
     if conv.padding == "same":
         # torch puts the odd pixel of an even kernel behind: floor(d*(k-1)/2) before.
         extra = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         top, left = extra[0] // 2, extra[1] // 2
-        pads = (left, extra[1] - left, top, extra[0] - top)
-    else:
-        pads = (conv.padding[1], conv.padding[1], conv.padding[0], conv.padding[0])
+        return (top, extra[0] - top, left, extra[1] - left)
+    return (conv.padding[0], conv.padding[0], conv.padding[1], conv.padding[1])
+
+
+def _pad(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    top, bottom, left, right = sides = _sides(conv)
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    return F.pad(x, pads, mode=mode) if any(pads) else x
+    return F.pad(x, (left, right, top, bottom), mode=mode) if any(sides) else x
 
 
 def patches(conv: nn.Conv2d, maps: Tensor) -> Tensor:
@@ -56,6 +64,29 @@ def _gram(columns: Tensor) -> Tensor:
     return columns @ columns.transpose(-1, -2)
 
 
+def _is_fused(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether patch_gram has a kernel for these maps."""
+    return x.is_cuda and conv.kernel_size[0] * conv.kernel_size[1] <= MOST_TAPS
+
+
+def _add_fused(sums: Tensor, conv: nn.Conv2d, weight: Tensor, x: Tensor) -> None:
+    """Add the norms of every kernel's responses to x [N, C, H, W] to sums [Cout, C/groups]."""
+    sides = _sides(conv)
+    if conv.padding_mode != "zeros":
+        x, sides = _pad(conv, x), (0, 0, 0, 0)
+    taps = weight.shape[2] * weight.shape[3]
+    per_sample = 4 * x.shape[1] * taps * (taps + 1) // 2
+    for part in x.split(max(1, _CHUNK_BYTES // max(per_sample, 1))):
+        gram = patch_gram(
+            part,
+            conv.kernel_size,
+            stride=conv.stride,
+            padding=sides,
+            dilation=conv.dilation,
+        )
+        gram_norms_(sums, gram, weight)
+
+
 def kernel_norms(conv: nn.Conv2d, weight: Tensor, mean_map: Tensor, norm: str) -> Tensor:
     """Return the norm of |k| * mean_map for every kernel: float64 [Cout, C/groups].
 
@@ -63,6 +94,10 @@ def kernel_norms(conv: nn.Conv2d, weight: Tensor, mean_map: Tensor, norm: str) -
     mean_map  [C, H, W], non-negative
     norm      "fro" or "l1"
     """
+    if norm == "fro" and _is_fused(conv, mean_map):
+        sums = torch.zeros(weight.shape[:2], dtype=torch.float64, device=weight.device)
+        _add_fused(sums, conv, weight.float(), mean_map.float().unsqueeze(0))
+        return sums
     columns = patches(conv, mean_map.double().unsqueeze(0))[0]  # [C, r*s, P]
     kernels = _by_group(conv, weight)
     if norm == "l1":
@@ -91,7 +126,7 @@ def output_positions(conv: nn.Conv2d, shape: tuple[int, int, int]) -> int:
     return torch.Size((n - d * (k - 1) - 1) // s + 1 for n, k, s, d in spans).numel()
 
 
-class MeanKernelNorms:
+class MeanKernelNorms(Counted):
     """Mean over samples of every kernel's response norm, for one fixed weight: the paper's score.
 
     mean      float64 [Cout, C/groups]
@@ -99,29 +134,39 @@ class MeanKernelNorms:
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
         self._conv = conv
-        self._kernels = _by_group(conv, conv.weight.detach()).float()
+        self._weight = conv.weight.detach().abs().float().contiguous()
+        self._kernels = _by_group(conv, self._weight)
         self._sum: Tensor | None = None
-        self.samples = 0
-        self.shape: tuple[int, int, int] | None = None
 
     def update(self, x: Tensor) -> None:
-        x = (x if x.dim() == 4 else x.unsqueeze(0)).detach().abs().float()
-        shape = tuple(x.shape[1:])
-        if self.shape is not None and shape != self.shape:
-            raise ValueError(
-                f"activations changed shape from {list(self.shape)} to {list(shape)}: "
-                "the samples of one call must have one size"
-            )
-        self.shape = shape
+        x = (x if x.dim() == 4 else x.unsqueeze(0)).detach()
+        if self._sum is None:
+            self._start(x)
+        self._check_shape(tuple(x.shape[1:]))
+        if self._sum is None:
+            size = self._weight.shape[:2]
+            self._sum = torch.zeros(size, dtype=torch.float64, device=x.device)
+        if _is_fused(self._conv, x):
+            narrow = x if x.dtype in (torch.bfloat16, torch.float16) else x.float()
+            _add_fused(self._sum, self._conv, self._weight, narrow)
+        else:
+            self._add_unfolded(x.abs().float())
+        self._count(x.shape[0])
+
+    def _add_unfolded(self, x: Tensor) -> None:
         window = self._kernels.shape[-1]
-        per_sample = 4 * window * max(self._kernels[..., 0].numel(), x[0].numel())
+        per_sample = 4 * window * max(self._kernels[..., 0].numel(), x.shape[1:].numel())
         for part in x.split(max(1, _CHUNK_BYTES // max(per_sample, 1))):
             gram = _gram(patches(self._conv, part)).unflatten(1, (self._conv.groups, -1))
             norms = ((self._kernels @ gram) * self._kernels).sum(-1).sqrt()  # [n, g, C/g, Cout/g]
-            total = norms.double().sum(0)
-            self._sum = total if self._sum is None else self._sum + total
-        self.samples += x.shape[0]
+            self._sum += _from_group(norms.double().sum(0))
+
+    def reset(self) -> None:
+        super().reset()
+        if self._sum is not None:
+            self._sum.zero_()
 
     def check(self, name: str) -> None:
         if not torch.isfinite(self._sum).all():
@@ -131,4 +176,4 @@ class MeanKernelNorms:
 
     @property
     def mean(self) -> Tensor:
-        return _from_group(self._sum / max(self.samples, 1))
+        return self._sum / max(self.samples, 1)
