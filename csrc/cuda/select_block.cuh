@@ -95,11 +95,13 @@ struct Histogram {
       if constexpr (Rule::kMass) offsets[b] = carries[b] = 0;
     }
   }
+  __device__ bool covers(uint32_t key) const {
+    return key != 0 && (key >> shift) - first < buckets;
+  }
   // kWide: the offsets of a row can pass 2^32.
   template <class Rule, bool kWide>
   __device__ void add(uint32_t key) {
     const uint32_t bucket = (key >> shift) - first;
-    if (key == 0 || bucket >= buckets) return;
     atomicAdd(&count[bucket], 1u);
     if constexpr (Rule::kMass) {
       const uint32_t offset = key & mask();

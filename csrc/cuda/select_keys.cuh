@@ -68,8 +68,7 @@ struct ByMass {
   double alpha;
   bool authors;
 
-  __device__ static uint32_t key(float score) {
-    const uint32_t bits = float_to_bits(score);
+  __device__ static uint32_t key(uint32_t bits) {
     return bits == 0x80000000u ? 0 : bits;  // -0 is 0
   }
   __device__ double target(double total) const {
@@ -86,8 +85,7 @@ struct ByCount {
   static constexpr bool authors = false;
   int64_t k;
 
-  __device__ static uint32_t key(float score) {
-    const uint32_t bits = float_to_bits(score);
+  __device__ static uint32_t key(uint32_t bits) {
     if ((bits & 0x7fffffffu) > 0x7f800000u) return 0xffffffffu;
     return bits >> 31 && bits != 0x80000000u ? ~bits : bits | 0x80000000u;
   }
@@ -97,7 +95,7 @@ struct ByCount {
 };
 
 // The same order for double, of the flat selection.
-__device__ inline uint32_t count_key(float score) { return ByCount::key(score); }
+__device__ inline uint32_t count_key(float score) { return ByCount::key(float_to_bits(score)); }
 __device__ inline uint64_t count_key(double score) {
   const uint64_t bits = double_to_bits(score), sign = uint64_t(1) << 63;
   if ((bits & ~sign) > uint64_t(0x7ff) << 52) return ~uint64_t(0);

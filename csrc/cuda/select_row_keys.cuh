@@ -42,25 +42,28 @@ RowPlan plan_rows(int64_t rows, int64_t columns, int limit) {
 struct StoredScores {
   const float* data;
   int columns;
-  bool aligned;  // every row begins on a 16-byte boundary
+  bool aligned;  // every row begins and ends on a 16-byte boundary
 
-  template <class Rule>
-  __device__ void keys(int64_t row, int column, uint32_t (&key)[kColumns]) const {
+  // The bits of the scores at column..column + 3; 0 past the end of the row.
+  __device__ Vector16 load(int64_t row, int column) const {
     const float* from = data + row * columns + column;
-    if (aligned && column + kColumns <= columns) {
-      const Vector16 loaded = load_streaming(from);
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) key[i] = Rule::key(bits_to_float(loaded.word[i]));
-      return;
+    Vector16 bits{};
+    if (aligned) {
+      if (column < columns) bits = load_streaming(from);
+      return bits;
     }
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) key[i] = column + i < columns ? Rule::key(from[i]) : 0;
+    for (int i = 0; i < kColumns; ++i) {
+      if (column + i < columns) bits.word[i] = float_to_bits(from[i]);
+    }
+    return bits;
   }
 };
 
 // The keys of this thread, in `held` (kStaged) or read from the source each time.
 template <class Rule, class Source, bool kStaged>
 struct Keys {
+  static constexpr int kAtOnce = kStaged ? kUnitsAtOnce : kUnitsAtOnce / 2;
   const Source& source;
   Vector16* held;  // this thread's, one in every kWarpLanes
   int64_t row;
@@ -71,42 +74,57 @@ struct Keys {
     first = warp_index() * units * kUnitColumns + lane_index() * kColumns;
     held = static_cast<Vector16*>(memory) + first / kColumns;
   }
-  __device__ Vector16 read(int u) const {
-    Vector16 key;
-    source.template keys<Rule>(row, first + u * kUnitColumns, key.word);
-    return key;
+  // Calls visit(u, keys) for all units; several loads are in flight before the first is used.
+  template <class Visit>
+  __device__ void read(Visit visit) const {
+    const auto take = [&](int u, Vector16 bits) {
+      const int column = first + u * kUnitColumns;
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        const bool there = Rule::kMass || column + i < source.columns;  // a mass of 0 is none
+        bits.word[i] = there ? Rule::key(bits.word[i]) : 0;
+      }
+      visit(u, bits);
+    };
+    for (int u = 0; u < units; u += kAtOnce) {
+      Vector16 bits[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (u + j < units) bits[j] = source.load(row, first + (u + j) * kUnitColumns);
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (u + j < units) take(u + j, bits[j]);
+      }
+    }
   }
   // Calls visit(key) for all keys, the first time that they are needed.
   template <class Visit>
   __device__ void stage(Visit visit) const {
-    if constexpr (!kStaged) return each(visit);
-    const auto keep = [&](int u, const Vector16& key) {
-      held[u * kWarpLanes] = key;
+    read([&](int u, const Vector16& key) {
+      if constexpr (kStaged) held[u * kWarpLanes] = key;
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) visit(key.word[i]);
-    };
-    int u = 0;
-    for (; u + kUnitsAtOnce <= units; u += kUnitsAtOnce) {
-      Vector16 key[kUnitsAtOnce];
-#pragma unroll
-      for (int j = 0; j < kUnitsAtOnce; ++j) key[j] = read(u + j);
-#pragma unroll
-      for (int j = 0; j < kUnitsAtOnce; ++j) keep(u + j, key[j]);
-    }
-    for (; u < units; ++u) keep(u, read(u));
+    });
   }
-  // Calls visit(column, keys) for each of the units, in order, all lanes of a warp together.
-  template <class Visit>
+  // Calls visit(column, keys) for each of the units, in order, all lanes of a warp together. The
+  // loop is unrolled where it takes most of the time, and nowhere else: the whole kernel should
+  // stay in the instruction cache.
+  template <int kUnroll = 1, class Visit>
   __device__ void each_unit(Visit visit) const {
-#pragma unroll kUnitsAtOnce
+    if constexpr (!kStaged) {
+      read([&](int u, const Vector16& key) { visit(first + u * kUnitColumns, key.word); });
+      return;
+    }
+#pragma unroll kUnroll
     for (int u = 0; u < units; ++u) {
-      const Vector16 key = kStaged ? held[u * kWarpLanes] : read(u);
+      const Vector16 key = held[u * kWarpLanes];
       visit(first + u * kUnitColumns, key.word);
     }
   }
-  template <class Visit>
+  template <int kUnroll = 1, class Visit>
   __device__ void each(Visit visit) const {
-    each_unit([&](int, const uint32_t (&key)[kColumns]) {
+    each_unit<kUnroll>([&](int, const uint32_t (&key)[kColumns]) {
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) visit(key[i]);
     });

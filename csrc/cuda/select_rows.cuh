@@ -58,13 +58,30 @@ __device__ inline KeyRange range_of(const AllKeys& keys, BlockState& state) {
   return {range.low + 1, range.high};
 }
 
+// Adds the keys that the histogram covers. The first time those are all but the zeros, so a thread
+// asks for its four neighbours at once.
 template <class Rule, class AllKeys>
 __device__ inline void fill(Histogram& histogram, const AllKeys& keys, bool wide) {
   if (Rule::kMass && wide) {
-    keys.each([&](uint32_t key) { histogram.add<Rule, true>(key); });
-  } else {
-    keys.each([&](uint32_t key) { histogram.add<Rule, false>(key); });
+    keys.each([&](uint32_t key) {
+      if (histogram.covers(key)) histogram.add<Rule, true>(key);
+    });
+    return;
   }
+  keys.template each_unit<kUnitsAtOnce>([&](int, const uint32_t (&key)[kColumns]) {
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) all &= histogram.covers(key[i]);
+    if (all) {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) histogram.add<Rule, false>(key[i]);
+      return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < kColumns; ++i) {
+      if (histogram.covers(key[i])) histogram.add<Rule, false>(key[i]);
+    }
+  });
 }
 
 // The pivot of a row that holds elements with keys low..high.
@@ -88,7 +105,7 @@ __device__ inline Pivot find_pivot(const AllKeys& keys, const Rule& rule, KeyRan
     }
     range = {base, base | histogram.mask()};
     if (crossing.count > kFew) continue;
-    keys.each([&](uint32_t key) {
+    keys.template each<2>([&](uint32_t key) {
       const bool inside = key != 0 && key - range.low <= histogram.mask();
       if (inside) state.few[atomicAdd(&state.found, 1u)] = key;
     });
@@ -149,7 +166,7 @@ __device__ inline void write_unit(const RowMask& mask, int64_t row, int column, 
 template <class AllKeys>
 __device__ inline void write_above(const AllKeys& keys, const RowMask& mask, int columns,
                                    uint32_t least) {
-  keys.each_unit([&](int column, const uint32_t (&key)[kColumns]) {
+  keys.template each_unit<2>([&](int column, const uint32_t (&key)[kColumns]) {
     uint32_t bits = 0;
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) bits |= uint32_t(key[i] >= least) << i;
