@@ -259,12 +259,22 @@ def test_gpu_takes_only_kernels_of_its_own(monkeypatch):
         "block_conv2d": {"cpu": "reference", "cuda": "reference"},
         "kernelwise_conv2d": {"cpu": "c++", "cuda": "cuda c++"},
         "unstructured_linear": {"cpu": "c++", "cuda": "reference"},
+        "bitmap_linear": {"cpu": "reference", "cuda": "cuda c++"},
+        "delta_linear": {"cpu": "reference", "cuda": "reference"},
+        "semi_structured_linear": {"cpu": "reference", "cuda": "cuda c++"},
     }
     monkeypatch.setattr(candidates, "backends", lambda: served)
     names, gpu = candidates.check_formats("auto"), torch.device("cuda")
     assert candidates.formats_for(nn.Conv2d(1, 1, 1), names, gpu) == ["kernelwise"]
+    dense = nn.Linear(8, 2, dtype=torch.bfloat16)
+    assert candidates.formats_for(dense, names, gpu) == ["bitmap"]
+    with torch.no_grad():
+        dense.weight[:, ::2] = 0
+    assert candidates.formats_for(dense, names, gpu) == ["bitmap", "semi_structured"]
+    with pytest.raises(ValueError, match="bitmap takes bfloat16 and float16, not float32"):
+        candidates.formats_for(nn.Linear(8, 2), names, gpu)
     with pytest.raises(ValueError, match="no CUDA kernel for unstructured_linear"):
-        candidates.formats_for(nn.Linear(1, 1), names, gpu)
+        candidates.formats_for(dense, ("unstructured",), gpu)
 
 
 def test_disturbed_measurements_are_noted(nets, lenet):

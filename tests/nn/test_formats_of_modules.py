@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from liveweight.nn import SparseConv2d, SparseLinear
+from liveweight.nn.sparse_linear import GPU_LAYOUTS, fits_two_of_four, layout_for
 
 
 def linear(format: str) -> nn.Linear:
@@ -18,7 +19,7 @@ def linear(format: str) -> nn.Linear:
     if format == "block":
         keep = (torch.rand(3, 4) < 0.5).repeat_interleave(16, 0).repeat_interleave(16, 1)
         keep[:16, :16] = False
-    if format == "nm":
+    if format in ("nm", "semi_structured"):
         keep = torch.tensor([True, False, False, True]).repeat(48, 16)
     with torch.no_grad():
         layer.weight *= keep
@@ -79,8 +80,12 @@ def test_compiles(make, name):
 
 
 # Blocks of a convolution are for GPUs: on a CPU "auto" stores their kernels.
+# What "auto" never takes on a CPU.
+NAMED = ("nm", *GPU_LAYOUTS)
+
+
 @pytest.mark.parametrize(
-    "make,name", [(m, n) for m, n in LAYERS if n != "nm" and (m, n) != (conv, "block")]
+    "make,name", [(m, n) for m, n in LAYERS if n not in NAMED and (m, n) != (conv, "block")]
 )
 def test_auto_sees_where_zeros_are(make, name):
     layer = make(name)
@@ -158,3 +163,47 @@ def test_blocks_must_not_cross_groups():
     assert module.pack().block == (32, 16)
     x = torch.randn(2, 32, 5, 5)
     torch.testing.assert_close(module(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+class OnGpu(torch.Tensor):
+    """A CPU tensor that says it is on a GPU: enough to ask for a layout."""
+
+    is_cuda = True
+
+
+def test_gpu_layouts_follow_density_and_pattern():
+    weight = torch.zeros(64, 64, dtype=torch.bfloat16)
+    weight[:, ::4] = 1  # 25 % kept
+    on_gpu = weight.as_subclass(OnGpu)
+    assert layout_for("unstructured", on_gpu) == "bitmap"
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    mask[:, ::8] = True
+    assert layout_for("unstructured", on_gpu, mask) == "delta"
+    assert layout_for("nm", on_gpu) == "semi_structured"
+    assert layout_for("block", on_gpu) == "block"
+    assert layout_for("unstructured", weight) == "unstructured"
+    assert layout_for("unstructured", weight.float().as_subclass(OnGpu)) == "unstructured"
+
+
+def test_two_of_four_is_seen_with_ragged_ends():
+    weight = torch.ones(2, 10)
+    weight[:, 1::2] = 0
+    assert fits_two_of_four(weight)
+    weight[1, 9] = 1
+    assert fits_two_of_four(weight)  # columns 8 and 9 are a group of their own
+    weight[0, 1] = 1
+    assert not fits_two_of_four(weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("format", ["auto", "unstructured", "nm"])
+def test_a_layer_on_a_gpu_gets_a_layout_with_a_kernel(gpu, format, dtype):
+    layer = linear("nm").to(gpu, dtype)
+    module = SparseLinear.from_dense(layer, format)
+    wanted = {"auto": "semi_structured", "unstructured": "bitmap", "nm": "semi_structured"}
+    assert module.format == wanted[format] and "backend=cuda c++" in repr(module)
+    for tokens in (1, 7, 64, 200):
+        x = torch.randn(tokens, 64, device=gpu, dtype=dtype)
+        want = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+        torch.testing.assert_close(module(x).double(), want, rtol=2e-2, atol=2e-2)

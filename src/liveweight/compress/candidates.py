@@ -94,15 +94,19 @@ def formats_for(layer: nn.Module, formats: tuple[str, ...], device: torch.device
         if "dense" in formats:
             return []
         raise ValueError(f"formats names none for a {type(layer).__name__}")
-    if device.type != "cuda":
-        # Blocks of a convolution are for GPUs: tried on a CPU only where nothing else is named.
-        others = [name for name in fitting if ops[name] != "block_conv2d"]
-        return others or fitting
     table = backends()
+    if device.type != "cuda":
+        # What is laid out for GPUs: tried on a CPU only where nothing else is named.
+        others = [n for n in fitting if n not in swap.GPU_LAYOUTS and ops[n] != "block_conv2d"]
+        return others or fitting
     served = [n for n in fitting if table[ops[n]]["cuda"] != "reference"]
     if not served:
         raise ValueError(f"no CUDA kernel for {ops[fitting[0]]}")
-    return served
+    reasons = {name: swap.why_not(name, layer) for name in served}
+    fitting = [name for name, why in reasons.items() if not why]
+    if not fitting:
+        raise ValueError("; ".join(reasons.values()))
+    return fitting
 
 
 def plans(chain: Chain, formats: list[str], packing_fits: bool, joins: bool) -> list[Plan]:

@@ -167,6 +167,7 @@ class Rebuild:
                 dense.register_buffer(mask, bits.to(old.weight.device))
         parts = (name, *entry["parts"]) if entry["parts"] else ()
         names = entry.get("choices", [entry["format"]])
+        names = [swap.format_on(n, dense.weight) for n in names]
         made = {n: self._form(name, n, entry, dense, parts) for n in dict.fromkeys(names)}
         new = made[names[0]]
         if entry["format"] == forms.BY_BATCH:

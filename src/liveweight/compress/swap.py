@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from liveweight import nn as sparse_nn
 from liveweight.formats import Block, Kernelwise
 from liveweight.formats.block import GPU_COSTS
+from liveweight.nn.sparse_linear import GPU_LAYOUTS, fits_two_of_four
 from liveweight.nn.sparse_module import read_dense
 
 # Samples up to which a product on a GPU waits for the weight and not for the input.
@@ -27,6 +27,24 @@ def formats_of(kind: type) -> Mapping[str, str]:
 def format_names() -> tuple[str, ...]:
     """Return the names of all formats, each once."""
     return tuple(dict.fromkeys(name for kind in _SPARSE for name in formats_of(kind)))
+
+
+def format_on(name: str, weight: Tensor) -> str:
+    """Return the format of a checkpoint's layer on the device of its weight.
+
+    What a GPU laid out for itself is stored as any device does elsewhere.
+    """
+    return name if weight.is_cuda else GPU_LAYOUTS.get(name, name)
+
+
+def why_not(name: str, layer: nn.Module) -> str:
+    """Return why a format cannot store a layer of a GPU, "" where it can."""
+    weight = read_dense(layer, "weight")
+    if name in GPU_LAYOUTS and weight.dtype not in (torch.bfloat16, torch.float16):
+        return f"{name} takes bfloat16 and float16, not {str(weight.dtype).removeprefix('torch.')}"
+    if name == "semi_structured" and not fits_two_of_four(weight):
+        return "its zeros are no 2:4 pattern"
+    return ""
 
 
 def is_sparse(module: nn.Module) -> bool:
@@ -114,10 +132,10 @@ def dense_weight(module: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
     """
     sparse = module.pack()
     weight = sparse.to_dense()
-    ones = dataclasses.replace(sparse, values=torch.ones_like(sparse.values)).to_dense()
+    kept = sparse.mask()
     if not isinstance(sparse, Kernelwise):
-        return weight, ones != 0, None
-    kernels = ones.flatten(2).ne(0).any(2)
+        return weight, kept, None
+    kernels = kept.flatten(2).any(2)
     entries = weight.ne(0)
     follows = torch.equal(entries.flatten(2).any(2), kernels)
     return weight, entries, None if follows else kernels

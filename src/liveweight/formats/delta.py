@@ -124,6 +124,12 @@ class Delta(pattern.PackedWeight):
         index, row, column = self.entries()
         return self.values.new_zeros(self.shape).index_put((row, column), self.values[index])
 
+    def mask(self) -> Tensor:
+        """Return which entries are stored: bool [N, K]; fillers are none."""
+        _, row, column = self.entries()
+        kept = torch.zeros(self.shape, dtype=torch.bool, device=self.values.device)
+        return kept.index_put((row, column), kept.new_ones(()))
+
     @property
     def density(self) -> float:
         """Fraction of entries kept, in [0, 1]; 0 where there are none."""

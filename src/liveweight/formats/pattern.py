@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar
 
 import torch
@@ -22,6 +23,10 @@ class PackedWeight:
     def to_dense(self) -> Tensor:
         """Return the weight, a new tensor."""
         raise NotImplementedError
+
+    def mask(self) -> Tensor:
+        """Return which entries are stored: bool, the weight's shape; stored zeros count."""
+        return dataclasses.replace(self, values=torch.ones_like(self.values)).to_dense() != 0
 
     def _tensors(self) -> tuple[Tensor, ...]:
         """Return values, offsets and indices."""
