@@ -21,13 +21,28 @@ import traceback
 
 import torch
 
-from gpu import block_cases, masked_cases, net_cases, other_cases, plots
+from gpu import (
+    block_cases,
+    kernelwise_cases,
+    masked_cases,
+    net_cases,
+    nm_cases,
+    other_cases,
+    plots,
+    score_cases,
+    unstructured_cases,
+)
 from gpu.machine import ROOT, build_problems, machine
 from gpu.page import markdown
 
 # In the order of what a short budget should still see; whole nets wait longest for the compiler.
 GROUPS = {
     "peak": other_cases.peak_cases,
+    "unstructured_linear": unstructured_cases.cases,
+    "semi-structured": nm_cases.cases,
+    "selection": score_cases.selection_cases,
+    "conv scores": score_cases.conv_cases,
+    "kernelwise_conv2d": kernelwise_cases.cases,
     "masked_linear": masked_cases.forward_cases,
     "training step": net_cases.training_cases,
     "block_linear": block_cases.linear_cases,
@@ -38,9 +53,13 @@ GROUPS = {
     "nets": net_cases.compress_cases,
 }
 EAGER = {"small calls"}
+# A group may take so many times its even share of what is left: most groups take less.
+GENEROUS = 2.0
 # Files whose tests run natively where there is a GPU, marked or not, but for those that need none.
-NATIVE = "tests/kernels/test_*.py"
-NEEDLESS = {"test_aot.py", "test_jit.py", "test_tiles.py"}
+NATIVE = ("tests/kernels/test_*.py", "tests/csrc/test_cuda_*.py")
+NEEDLESS = {"test_aot.py", "test_jit.py", "test_tiles.py", "test_cuda_machine_code.py"}
+# Seconds for compute-sanitizer's memcheck and racecheck over the CUDA C++ kernels.
+SANITIZE_S = 60
 # Tests mostly wait for the compiler.
 TEST_PROCESSES = 6
 
@@ -52,7 +71,7 @@ def gpu_tests() -> list[str]:
         for path in sorted((ROOT / "tests").rglob("test_*.py"))
         if "pytest.mark.gpu" in path.read_text()
     ]
-    native = [path for path in sorted(ROOT.glob(NATIVE)) if path.name not in NEEDLESS]
+    native = [p for glob in NATIVE for p in sorted(ROOT.glob(glob)) if p.name not in NEEDLESS]
     return list(dict.fromkeys(map(str, [*marked, *native])))
 
 
@@ -76,21 +95,25 @@ def run_tests(out: pathlib.Path, limit_s: float) -> dict[str, object]:
 
 
 def run_benchmarks(deadline: float, only: set[str]) -> tuple[list[dict], list[str]]:
-    """Return rows, and what failed or did not fit."""
+    """Return rows, and what failed or did not fit.
+
+    What is left of the time is shared out evenly before each group, so that none goes unseen.
+    """
     rows: list[dict] = []
     missing: list[str] = []
-    for group, cases in GROUPS.items():
-        if only and group not in only:
-            continue
+    wanted = [group for group in GROUPS if not only or group in only]
+    for i, group in enumerate(wanted):
+        start = time.monotonic()
+        end = start + GENEROUS * (deadline - start) / (len(wanted) - i)
         try:
-            for case in cases():
+            for case in GROUPS[group]():
                 found = case.measure(eager=group in EAGER)
                 rows += [dataclasses.asdict(row) for row in found]
                 print(f"{group}: {case.name}: {found[0].ratio:.2f}x dense", flush=True)
                 torch.cuda.empty_cache()
-                if time.monotonic() > deadline:
-                    missing.append(f"{group} and later: not run after {case.name}, no time")
-                    return rows, missing
+                if time.monotonic() > min(end, deadline):
+                    missing.append(f"{group}: cut after {case.name}, no time")
+                    break
         except Exception as error:  # one broken group must not cost the others' results
             traceback.print_exc()
             missing.append(f"{group}: {type(error).__name__}: {error}")

@@ -23,6 +23,12 @@ SMALL = {
         "ACTIVITY": [((9, 5, 1), torch.float32), ((3, 2, 4), torch.half)],
         "PEAK_SIDE": 32, "COPY_BYTES": 64,
     },
+    "unstructured_cases": {
+        "DTYPE": torch.float32, "SHAPES": ((1, 40, 70), (70, 40, 70)), "SPARSITIES": (0.5, 0.9),
+    },
+    "nm_cases": {"DTYPE": torch.float32, "FEW": ((2, 40, 72),), "MANY": ((70, 40, 72),)},
+    "score_cases": {"SCORES": ((5, 40),), "VGG": ((3, 4, 5, 6, torch.float32),)},
+    "kernelwise_cases": {"SIZES": ((2, 6, 5), (1, 4, 6)), "SPARSITIES": (0.5,)},
     "net_cases": {"DTYPE": torch.float32, "VIT_S": (64, 128, 5), "NETS": (("ViT-S MLP", 0.5),)},
 }  # fmt: skip
 
@@ -56,8 +62,9 @@ def suite(load, monkeypatch):
 
 @pytest.mark.parametrize(
     "group",
-    ["peak", "block_linear", "block_conv2d", "masked_linear", "masked_linear backward",
-     "activity_stats_", "small calls", "training step", "nets"],
+    ["peak", "unstructured_linear", "semi-structured", "selection", "conv scores",
+     "kernelwise_conv2d", "block_linear", "block_conv2d", "masked_linear",
+     "masked_linear backward", "activity_stats_", "small calls", "training step", "nets"],
 )  # fmt: skip
 def test_every_case_runs_and_its_results_are_checked(suite, group):
     found = [row for case in suite[group]() for row in case.measure(group == "small calls")]
@@ -122,8 +129,12 @@ def test_targets_take_our_fastest_call_and_the_worst_case(load):
 def test_every_kind_of_case_has_a_target(load):
     targets = load("targets").TARGETS
     ops = {t.where["op"] for t in targets}
-    assert ops == {"block_linear", "block_conv2d", "masked_linear", "training step", "compress_"}
-    assert len(targets) == 24
+    assert ops == {
+        "block_linear", "block_conv2d", "masked_linear", "training step", "compress_",
+        "unstructured_linear", "semi_structured", "kernelwise_conv2d", "activity_stats_",
+        "mass_mask", "conv scores",
+    }  # fmt: skip
+    assert len(targets) == 45
     assert all(t.goal is None or t.goal > t.floor for t in targets)
 
 
@@ -163,6 +174,7 @@ def test_plots_show_our_best_call_of_each_case(load, tmp_path):
 def test_files_with_gpu_tests_are_found(load):
     found = {pathlib.Path(path).relative_to(ROOT) for path in load("__main__").gpu_tests()}
     wanted = {"tests/kernels/test_masked_linear.py", "tests/compress/test_measure_cuda.py"}
+    wanted |= {"tests/csrc/test_cuda_ptx.py", "tests/csrc/test_cuda_delta_linear.py"}
     assert wanted <= set(map(str, found))
     assert pathlib.Path("tests/kernels/test_aot.py") not in found
 
@@ -175,7 +187,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(load, tmp_path, capsys):
     assert not (tmp_path / "gpu").exists()
     assert main(["--out", str(tmp_path / "gpu"), "--page-only"]) == 0
     text = (tmp_path / "gpu" / "README.md").read_text()
-    assert "Nothing has been measured on a GPU yet" in text and text.count("not measured") == 24
+    assert "Nothing has been measured on a GPU yet" in text and text.count("not measured") == 45
 
 
 def test_unknown_groups_are_refused(load, capsys):
