@@ -14,6 +14,7 @@ from torch import nn
 from liveweight.compress import compress_, load, save, shrink_
 from liveweight.compress.container import read
 from liveweight.compress.swap import make_sparse
+from liveweight.nn import SparseLinear
 
 
 @pytest.fixture
@@ -241,3 +242,22 @@ def test_blocks_of_a_convolution_come_back(path):
     assert fresh[0].format == "block" and fresh[0].pack().block == (16, 8)
     assert same_bits(model, fresh)
     assert torch.equal(fresh(x), expected)
+
+
+@pytest.mark.parametrize("name", ["bitmap", "delta", "semi_structured"])
+def test_what_a_gpu_laid_out_becomes_what_a_cpu_has_kernels_for(path, name):
+    dense = nn.Sequential(nn.Linear(24, 12), nn.ReLU(), nn.Linear(12, 5))
+    with torch.no_grad():
+        dense[0].weight[:, ::2] = 0
+        dense[0].weight[:, 1::8] = 0
+    net = copy.deepcopy(dense)
+    net[0] = SparseLinear.from_dense(dense[0], name)
+    x = torch.randn(7, 24)
+    torch.testing.assert_close(net(x), dense(x))
+    save(net, path)
+    loaded = load(path, copy.deepcopy(dense))
+    assert loaded[0].format == ("nm" if name == "semi_structured" else "unstructured")
+    assert torch.equal(loaded[0].weight, dense[0].weight)
+    if name != "semi_structured":  # which stores two of four, zeros or not
+        assert loaded[0].values.numel() == int(dense[0].weight.count_nonzero())
+    torch.testing.assert_close(loaded(x), dense(x))
