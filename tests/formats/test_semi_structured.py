@@ -61,6 +61,14 @@ def test_a_mask_keeps_zeros_and_minus_zero_becomes_zero():
     assert layout.columns_of(codes[:2, 0]).tolist() == [[0, 1], [2, 3]]
 
 
+def test_the_dense_copy_has_a_gradient():
+    packed = SemiStructured.from_dense(torch.eye(5, 9))
+    grad = torch.randn(5, 9)
+    packed.values.requires_grad_()
+    packed.to_dense().backward(grad)
+    assert torch.equal(packed.values.grad, layout.take(grad, packed.meta))
+
+
 def test_nan_is_kept():
     weight = torch.tensor([[0.0, float("nan"), 0.0, float("-inf")]])
     packed = SemiStructured.from_dense(weight).validate()

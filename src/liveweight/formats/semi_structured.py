@@ -68,10 +68,13 @@ class SemiStructured(pattern.PackedWeight):
         return cls(values, meta, shape)
 
     def to_dense(self) -> Tensor:
-        """Return W [N, K], a new tensor."""
+        """Return W [N, K], a new tensor, with gradient to the values where they want one."""
         compiled = self.values.is_cuda and self.values.dtype in _HALVES
-        run = torch.ops.liveweight.semi_structured_to_dense if compiled else unpack
-        return run(self.values.detach(), self.meta, list(self.shape))
+        if compiled and not (torch.is_grad_enabled() and self.values.requires_grad):
+            return torch.ops.liveweight.semi_structured_to_dense(
+                self.values, self.meta, list(self.shape)
+            )
+        return unpack(self.values, self.meta, self.shape)
 
     def validate(self) -> SemiStructured:
         """Return self if all invariants of the class hold; raise TypeError or ValueError if not."""
