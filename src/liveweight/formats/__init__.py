@@ -7,6 +7,7 @@ from liveweight.formats.delta import Delta
 from liveweight.formats.kernelwise import Kernelwise
 from liveweight.formats.nm import NM
 from liveweight.formats.semi_structured import SemiStructured
+from liveweight.formats.semi_structured_delta import SemiStructuredDelta
 from liveweight.formats.unstructured import Unstructured
 from liveweight.formats.unstructured_kernels import UnstructuredKernels
 
@@ -18,6 +19,7 @@ __all__ = [
     "Delta",
     "Kernelwise",
     "SemiStructured",
+    "SemiStructuredDelta",
     "Unstructured",
     "UnstructuredKernels",
 ]

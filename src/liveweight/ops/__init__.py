@@ -10,6 +10,7 @@ from liveweight.ops.masked_linear import masked_linear, pack_mask_bits, unpack_m
 from liveweight.ops.mass_mask import mass_mask
 from liveweight.ops.nm_linear import nm_linear
 from liveweight.ops.patch_gram import gram_norms_, patch_gram
+from liveweight.ops.semi_structured_delta_linear import semi_structured_delta_linear
 from liveweight.ops.top_k_mask import top_k_mask
 from liveweight.ops.unstructured_conv2d import unstructured_conv2d
 from liveweight.ops.unstructured_linear import unstructured_linear
@@ -27,6 +28,7 @@ __all__ = [
     "mass_mask",
     "new_activity_stats",
     "nm_linear",
+    "semi_structured_delta_linear",
     "pack_mask_bits",
     "patch_gram",
     "top_k_mask",
