@@ -274,9 +274,28 @@ float round_down(double eps) {
   return nearest > eps ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
+// Adds a chunk's partial results [4, F] to stats; with channels, from [positions, channels] to
+// [channels, positions].
+void merge_turned(double* stats, const double* partial, int64_t F, int64_t channels) {
+  const int64_t positions = F / channels;
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t p = 0; p < positions; ++p) {
+      double* to = stats + c * positions + p;
+      const double* from = partial + p * channels + c;
+      for (int64_t k = 0; k < 3; ++k) to[k * F] += from[k * F];
+      const double old = to[3 * F], top = from[3 * F];
+      to[3 * F] = std::isnan(old) || old >= top ? old : top;
+    }
+  }
+}
+
 // Adds the chunks' partial results [chunks, 4, F] to stats, in order.
-void merge(double* stats, const double* partial, int64_t chunks, int64_t F) {
+void merge(double* stats, const double* partial, int64_t chunks, int64_t F, int64_t channels) {
   for (int64_t chunk = 0; chunk < chunks; ++chunk, partial += 4 * F) {
+    if (channels > 0) {
+      merge_turned(stats, partial, F, channels);
+      continue;
+    }
     for (int64_t i = 0; i < 3 * F; ++i) stats[i] += partial[i];
     for (int64_t i = 3 * F; i < 4 * F; ++i) {
       const double old = stats[i], top = partial[i];
@@ -286,7 +305,7 @@ void merge(double* stats, const double* partial, int64_t chunks, int64_t F) {
 }
 
 // Throws unless x is [N, F, P] and stats [4, F], contiguous, on the CPU and of the right types.
-void check(const Tensor& stats, const Tensor& x, double eps) {
+void check(const Tensor& stats, const Tensor& x, double eps, int64_t channels) {
   const char* op = "activity_stats_";
   const ScalarType type = x.scalar_type();
   LW_CHECK(x.dim() == 3, op, ": expected x [N, F, P], got shape ", shape_of(x));
@@ -295,20 +314,23 @@ void check(const Tensor& stats, const Tensor& x, double eps) {
            op, ": expected x in float32, bfloat16 or float16, got ",
            torch::headeronly::toString(type));
   LW_CHECK(eps >= 0, op, ": expected eps >= 0, got ", eps);
+  LW_CHECK(channels >= 0 && (channels == 0 || x.size(1) % channels == 0), op,
+           ": expected channels 0 or a divisor of the features, got ", channels, " of ", x.size(1));
   checked_data<double>(op, "stats", stats, 2, ScalarType::Double);
   LW_CHECK(stats.size(0) == 4 && stats.size(1) == x.size(1), op, ": expected stats [4, ",
            x.size(1), "], got shape ", shape_of(stats));
 }
 
-void activity_stats(Tensor stats, Tensor x, double eps) {
-  check(stats, x, eps);
+void activity_stats(Tensor stats, Tensor x, double eps, int64_t channels) {
+  check(stats, x, eps, channels);
   const int64_t N = x.size(0), F = x.size(1), P = x.size(2);
   if (N * F * P == 0) return;
   const Cut cut = cut_work(N, F, P);
   double* totals = static_cast<double*>(stats.mutable_data_ptr());
-  Workspace<double> partial(cut.chunks > 1 ? cut.chunks * 4 * F : 0);
-  double* target = cut.chunks > 1 ? partial.data() : totals;
-  if (cut.chunks > 1) std::fill_n(target, cut.chunks * 4 * F, 0.0);
+  const bool apart = cut.chunks > 1 || channels > 0;
+  Workspace<double> partial(apart ? cut.chunks * 4 * F : 0);
+  double* target = apart ? partial.data() : totals;
+  if (apart) std::fill_n(target, cut.chunks * 4 * F, 0.0);
 
   const ScalarType type = x.scalar_type();
   ActivityPart whole{x.const_data_ptr(), kFloat32, N, F * P, F, P, round_down(eps), target, F};
@@ -328,7 +350,7 @@ void activity_stats(Tensor stats, Tensor x, double eps) {
       kernel(part);
     }
   });
-  if (cut.chunks > 1) merge(totals, partial.data(), cut.chunks, F);
+  if (apart) merge(totals, partial.data(), cut.chunks, F, channels);
 }
 
 }  // namespace

@@ -34,17 +34,22 @@ struct Plan {
   int64_t per_split;    // rows (columns) or slots (runs) of one split
   int64_t slots;        // runs: 16-byte slots that can hold a part of one run
   bool aligned;         // runs: every run begins and ends on a 16-byte boundary
+  bool one_launch;      // stage one adds straight into stats
 };
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// `least`: the least work of a split. Twice as much is not split yet, because the blocks of one
+// split are done with it before a second launch would be.
 inline void cut(Plan& plan, int64_t work, int64_t least, int64_t blocks) {
   int64_t splits = ceil_div(blocks, plan.tiles);
   if (splits > ceil_div(work, least)) splits = ceil_div(work, least);
+  if (work <= 2 * least) splits = 1;
   if (splits > kMaxSplits) splits = kMaxSplits;
   if (splits < 1) splits = 1;
   plan.per_split = ceil_div(work, splits);
   plan.splits = ceil_div(work, plan.per_split);
+  plan.one_launch = plan.splits == 1 && plan.fold == 1;
 }
 
 // `misalignment`: bytes by which x is off a 16-byte boundary.

@@ -1,13 +1,14 @@
 // Per feature: sum |x|, sum x^2, count(|x| > eps), max |x|, of x [N, F, P] over N and P.
 //
 // Two stages, no atomics: stage one leaves partials [splits, 4, width] in double, stage two adds
-// them into stats [4, F]. The split depends on the shape alone, never on the device, so the bits of
-// the result do not depend on the GPU or on the run.
+// them into stats [4, F]. Where one split does it all, stage one adds into stats and that is all.
+// The split depends on the shape alone, never on the device, so the bits of the result do not
+// depend on the GPU or on the run.
 //
 // Floor: one read of x. bytes(x) / 4.3 TB/s on an H200 (its measured copy bandwidth), e.g. 15.6 us
 // for 8192 x 4096 bf16. The partials of columns, 32 bytes per column and split, are written and
 // read beside it, mostly in L2: 6 % of x each in that example, 25 % at the worst (64 rows per
-// split). The two launches cost a few microseconds, which small inputs will show.
+// split). A launch costs microseconds, which small inputs show: up to 128 rows take one.
 //
 // Precision: each thread sums at most kWindow terms in float before it adds them to a double; all
 // terms are >= 0, so the relative error of the sums is below kWindow * 2^-24 = 1.9e-6. x^2 is
@@ -26,6 +27,22 @@ namespace liveweight::cuda {
 __host__ __device__ inline double merge(int k, double a, double b) {
   return k == 3 ? max_nan(a, b) : a + b;
 }
+
+// Where stage one puts the numbers of a feature: beside each other in the partials, or straight
+// into stats [4, F]. `channels` > 0: the features of x are [positions, channels], those of stats
+// [channels, positions], so that maps whose channels lie last are read in place.
+struct Target {
+  double* out;
+  int64_t channels, positions;
+  bool add;
+
+  __device__ void put(int k, int64_t width, int64_t feature, double value) const {
+    const int64_t at =
+        channels > 0 ? feature % channels * positions + feature / channels : feature;
+    double* const to = out + k * width + at;
+    *to = add ? merge(k, *to, value) : value;
+  }
+};
 
 // What a thread knows of one feature. The count is exact: memory ends before a thread sees 2^24.
 struct Sums {
@@ -105,7 +122,7 @@ __device__ inline void sum_columns(const T* next, int64_t step, int64_t count, f
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 2)
     column_stats(const T* x, int64_t rows, int64_t width, int64_t rows_per_split, int across,
-                 float eps, double* partials) {
+                 float eps, Target target) {
   __shared__ double tile[kThreads * V];
   const int down = kThreads / across;
   const int lane = int(threadIdx.x) % across, line = int(threadIdx.x) / across;
@@ -120,6 +137,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     sum_columns(x + first * width + column, down * width, ceil_div(last - first, down), eps, sums);
   }
 
+  target.out += int64_t(blockIdx.y) * kStats * width;
   const int tile_width = across * V;
   const int64_t tile_start = int64_t(blockIdx.x) * tile_width;
   for (int k = 0; k < kStats; ++k) {
@@ -129,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int c = threadIdx.x; c < tile_width && tile_start + c < width; c += kThreads) {
       double total = tile[c];
       for (int l = 1; l < down; ++l) total = merge(k, total, tile[l * tile_width + c]);
-      partials[(int64_t(blockIdx.y) * kStats + k) * width + tile_start + c] = total;
+      target.put(k, width, tile_start + c, total);
     }
     __syncthreads();
   }
@@ -191,7 +209,7 @@ __device__ inline void take_slots(Walk& walk, float eps, Sums& sums, float (&val
 template <typename T, int V, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 3)
     run_stats(const T* x, int64_t rows, int64_t features, int run, int slots,
-              int64_t slots_per_split, int group, int misalignment, float eps, double* partials) {
+              int64_t slots_per_split, int group, int misalignment, float eps, Target target) {
   __shared__ double by_warp[kThreads / kWarp][kStats];
   const int64_t block_feature = int64_t(blockIdx.x) * (kThreads / group);
   const int64_t feature = block_feature + int(threadIdx.x) / group;
@@ -224,22 +242,23 @@ __global__ void __launch_bounds__(kThreads, 3)
     if (threadIdx.x % kWarp == 0) by_warp[threadIdx.x / kWarp][k] = value;
   }
   __syncthreads();
+  target.out += int64_t(blockIdx.y) * kStats * features;
   const int warps = group / kWarp;
   for (int i = threadIdx.x; i < kStats * (kThreads / group); i += kThreads) {
     const int k = i % kStats, f = i / kStats;
     if (block_feature + f >= features) break;
     double value = by_warp[f * warps][k];
     for (int w = 1; w < warps; ++w) value = merge(k, value, by_warp[f * warps + w][k]);
-    partials[(int64_t(blockIdx.y) * kStats + k) * features + block_feature + f] = value;
+    target.put(k, features, block_feature + f, value);
   }
 }
 
 constexpr int kCombineLines = 16;
 
-// Stage two: stats[k, f] += partials[:, k, f * fold : (f + 1) * fold]. Grid (ceil(F / 32), 4).
+// Stage two: adds partials[:, k, f * fold : (f + 1) * fold] to feature f. Grid (ceil(F / 32), 4).
 static __global__ void __launch_bounds__(kWarp* kCombineLines)
     combine_stats(const double* partials, int64_t splits, int64_t features, int64_t fold,
-                  double* stats) {
+                  Target target) {
   __shared__ double tile[kCombineLines][kWarp + 1];
   const int k = blockIdx.y;
   const int lane = threadIdx.x % kWarp, line = threadIdx.x / kWarp;
@@ -255,31 +274,34 @@ static __global__ void __launch_bounds__(kWarp* kCombineLines)
   __syncthreads();
   if (line == 0 && feature < features) {
     for (int l = 1; l < kCombineLines; ++l) total = merge(k, total, tile[l][lane]);
-    double* out = stats + k * features + feature;
-    *out = merge(k, *out, total);
+    target.put(k, features, feature, total);
   }
 }
 
-// Both stages; partials holds plan.splits * 4 * plan.width doubles. eps >= 0.
+// Both stages; partials holds plan.splits * 4 * plan.width doubles unless plan.one_launch. eps and
+// channels >= 0; channels divide the features.
 template <typename T>
-void activity_stats(const T* x, Extent e, const Plan& plan, double eps, double* partials,
-                    double* stats, Launch launch) {
+void activity_stats(const T* x, Extent e, const Plan& plan, double eps, int64_t channels,
+                    double* partials, double* stats, Launch launch) {
   constexpr int kWide = 16 / int(sizeof(T));
   // Rounded down, so that the comparison in float gives what one in double would.
   float threshold = float(eps);
   if (double(threshold) > eps) threshold = std::nextafter(threshold, 0.f);
   const Shape shape{grid(plan.tiles, plan.splits), kThreads};
+  const Target final{stats, channels, channels > 0 ? e.features / channels : 0, true};
+  const Target target = plan.one_launch ? final : Target{partials, 0, 0, false};
   if (plan.columns) {
     auto kernel = plan.vector == 1 ? column_stats<T, 1> : column_stats<T, kWide>;
-    launch(kernel, shape, x, e.rows, plan.width, plan.per_split, plan.across, threshold, partials);
+    launch(kernel, shape, x, e.rows, plan.width, plan.per_split, plan.across, threshold, target);
   } else {
     const int misalignment = int(reinterpret_cast<uintptr_t>(x) % 16 / sizeof(T));
     auto kernel = plan.aligned ? run_stats<T, kWide, true> : run_stats<T, kWide, false>;
     launch(kernel, shape, x, e.rows, e.features, int(e.run), int(plan.slots), plan.per_split,
-           plan.group, misalignment, threshold, partials);
+           plan.group, misalignment, threshold, target);
   }
+  if (plan.one_launch) return;
   launch(combine_stats, Shape{grid(ceil_div(e.features, kWarp), kStats), kWarp * kCombineLines},
-         partials, plan.splits, e.features, plan.fold, stats);
+         partials, plan.splits, e.features, plan.fold, final);
 }
 
 }  // namespace liveweight::cuda

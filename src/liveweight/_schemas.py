@@ -6,7 +6,8 @@ SCHEMAS: dict[str, str] = {
     "activity_stats_": """(
         Tensor(a!) stats,
         Tensor x,
-        float eps
+        float eps,
+        int channels=0
     ) -> ()""",
     "patch_gram": """(
         Tensor x,

@@ -118,6 +118,34 @@ def test_activity_stats_compares_with_eps_as_float64_does(kernels):
     assert_matches(case, run(kernels, case))
 
 
+# (3, ...) takes one launch, (300, ...) two; runs are long and short.
+TURNED = [(3, 12, 1, 4), (300, 21, 1, 3), (2, 6, 64, 2), (3000, 6, 64, 3), (9, 6, 2, 2)]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("shape", TURNED, ids=str)
+def test_activity_stats_are_added_and_turned(kernels, shape, dtype):
+    case, channels = Case(*shape[:3], dtype), shape[3]
+    before = torch.rand(4, case.features, dtype=torch.float64)
+    before[3, 0] = 1e3
+    for turned in (0, channels):
+        want = before.clone()
+        reference.activity_stats_(want, case.x(), case.eps, turned)
+        for _ in kernels.orders():
+            stats = before.to(kernels.device, copy=True)
+            kernels.op("activity_stats_")(stats, case.x().to(kernels.device), case.eps, turned)
+            assert_matches(case, stats.cpu(), want)
+
+
+def test_activity_stats_refuse_channels_that_do_not_divide(kernels):
+    stats = torch.zeros(4, 6, dtype=torch.float64, device=kernels.device)
+    x = torch.ones(2, 6, 1, device=kernels.device)
+    for channels in (4, -1):
+        with pytest.raises(RuntimeError, match="channels must be 0 or divide the features"):
+            kernels.op("activity_stats_")(stats, x, 0.0, channels)
+    assert not stats.any()
+
+
 @pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_activity_stats_reads_nothing_but_its_input(kernels, dtype):

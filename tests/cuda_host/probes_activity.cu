@@ -16,7 +16,8 @@ void activity_stats_one_split(Tensor stats, const Tensor& x, double eps) {
     plan.splits = 1;
     plan.per_split = plan.columns ? extent.rows : extent.rows * plan.slots;
     const Tensor partials = empty(stats, {plan.splits, kStats, plan.width}, ScalarType::Double);
-    activity_stats(typed<const T>(x), extent, plan, eps, typed<double>(partials),
+    plan.one_launch = false;
+    activity_stats(typed<const T>(x), extent, plan, eps, 0, typed<double>(partials),
                    typed<double>(stats), launch);
   });
 }

@@ -133,6 +133,35 @@ def test_per_map_keeps_the_logical_order():
         check(activity_stats_(new_activity_stats(72), same, per="map"), wanted)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (70, 5, 9), (9, 2, 3, 4, 5), (3, 40, 1, 33)])
+def test_maps_whose_channels_lie_last_are_read_in_place(shape):
+    x = torch.randn(shape)
+    last = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    features = torch.Size(shape[1:]).numel()
+    start = torch.rand(4, features, dtype=torch.float64)
+    stats, turned = start.clone(), start.clone()
+    activity_stats_(stats, x, per="map", eps=0.1)
+    with torch.profiler.profile() as profile:
+        activity_stats_(turned, last, per="map", eps=0.1)
+    assert not {"aten::copy_", "aten::clone"} & {event.name for event in profile.events()}
+    torch.testing.assert_close(turned, stats, rtol=1e-6, atol=0)
+    again = start.clone()
+    reference.activity_stats_(again, last.movedim(1, -1).reshape(shape[0], -1, 1), 0.1, shape[1])
+    torch.testing.assert_close(again, stats, rtol=1e-6, atol=0)
+
+
+def test_nan_and_larger_maxima_survive_turning():
+    x = torch.ones(2, 2, 2, 3)
+    x[0, 1, 0, 2] = float("nan")
+    stats = new_activity_stats(12)
+    stats[3, 0] = 5.0
+    activity_stats_(stats, x.to(memory_format=torch.channels_last), per="map")
+    assert stats[3].isnan().nonzero().tolist() == [[8]]
+    assert stats[3, 0] == 5.0 and stats[3, 1] == 1.0
+    activity_stats_(stats, torch.ones_like(x).to(memory_format=torch.channels_last), per="map")
+    assert stats[3, 8].isnan()
+
+
 @pytest.mark.parametrize("shape", [(3000, 70, 1), (40, 70, 49), (500, 2000, 1), (1, 2, 70000)])
 def test_results_do_not_depend_on_threads(shape):
     x = torch.randn(shape)
@@ -158,6 +187,7 @@ def test_reference(shape):
 def test_opcheck():
     for shape in [(17, 9, 1), (3, 9, 20), (0, 9, 1)]:
         torch.library.opcheck(op, (new_activity_stats(9), torch.randn(shape), 0.5))
+        torch.library.opcheck(op, (new_activity_stats(9), torch.randn(shape), 0.5, 3))
 
 
 def test_compiles_into_one_graph():
@@ -217,5 +247,7 @@ def test_the_launcher_guards_memory():
         op(new_activity_stats(3), x[:, :, 0], 0.0)
     with pytest.raises(RuntimeError, match="expected contiguous x"):
         op(new_activity_stats(3), torch.randn(3, 4, 1).transpose(0, 1), 0.0)
+    with pytest.raises(RuntimeError, match="channels 0 or a divisor of the features, got 2 of 3"):
+        op(new_activity_stats(3), x, 0.0, 2)
     with pytest.raises(RuntimeError, match="stats has the wrong dtype: expected Double, got Float"):
         op(new_activity_stats(3).float(), x, 0.0)

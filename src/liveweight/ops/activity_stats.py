@@ -24,25 +24,32 @@ def new_activity_stats(features: int, device: torch.device | str | None = None) 
     return torch.zeros(4, features, dtype=torch.float64, device=device)
 
 
-def _by_feature(x: Tensor) -> Tensor:
+# Each returns x as [N, F, P], and the channels where F is [positions, channels] instead of the
+# [channels, positions] of stats, else 0.
+def _by_feature(x: Tensor) -> tuple[Tensor, int]:
     if x.dim() < 1:
         raise ValueError(f'{_OP}: x must have a feature dimension for per="feature", got a scalar')
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1], 1)
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1], 1), 0
 
 
-def _by_channel(x: Tensor) -> Tensor:
+def _by_channel(x: Tensor) -> tuple[Tensor, int]:
     if x.dim() < 2:
         raise ValueError(f'{_OP}: x must be [N, C, ...] for per="channel", got {tuple(x.shape)}')
     last = x.movedim(1, -1)
     if last.is_contiguous():  # channels last, or no positions: read down the columns, no copy
-        return last.reshape(last.shape[:-1].numel(), x.shape[1], 1)
-    return x.reshape(x.shape[0], x.shape[1], x.shape[2:].numel())
+        return last.reshape(last.shape[:-1].numel(), x.shape[1], 1), 0
+    return x.reshape(x.shape[0], x.shape[1], x.shape[2:].numel()), 0
 
 
-def _by_map(x: Tensor) -> Tensor:
+def _by_map(x: Tensor) -> tuple[Tensor, int]:
     if x.dim() < 2:
         raise ValueError(f'{_OP}: x must be [N, ...] for per="map", got {tuple(x.shape)}')
-    return x.reshape(x.shape[0], x.shape[1:].numel(), 1)
+    features = x.shape[1:].numel()
+    if x.dim() > 2 and features and not x.is_contiguous():
+        last = x.movedim(1, -1)
+        if last.is_contiguous():  # channels last: read in place, the statistics are turned
+            return last.reshape(x.shape[0], features, 1), x.shape[1]
+    return x.reshape(x.shape[0], features, 1), 0
 
 
 _VIEWS = {"feature": _by_feature, "channel": _by_channel, "map": _by_map}
@@ -73,7 +80,7 @@ def activity_stats_(stats: Tensor, x: Tensor, *, per: str = "feature", eps: floa
         raise ValueError(f'{_OP}: per must be "feature", "channel" or "map", got {per!r}')
     if not 0.0 <= eps < math.inf:
         raise ValueError(f"{_OP}: eps must be finite and >= 0, got {eps}")
-    view = _VIEWS[per](x.detach())  # [N, F, P]
+    view, channels = _VIEWS[per](x.detach())  # [N, F, P]
     if stats.shape != (4, view.shape[1]):
         raise ValueError(
             f"{_OP}: x of shape {tuple(x.shape)} has {view.shape[1]} features per {per}, so stats "
@@ -81,11 +88,11 @@ def activity_stats_(stats: Tensor, x: Tensor, *, per: str = "feature", eps: floa
         )
     if not stats.is_contiguous():
         raise ValueError(f"{_OP}: stats must be contiguous, got strides {stats.stride()}")
-    _activity_stats(stats, view.contiguous(), float(eps))
+    _activity_stats(stats, view.contiguous(), float(eps), channels)
     return stats
 
 
-def _fake(stats: Tensor, x: Tensor, eps: float) -> None:
+def _fake(stats: Tensor, x: Tensor, eps: float, channels: int = 0) -> None:
     return None
 
 

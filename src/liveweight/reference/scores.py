@@ -8,12 +8,15 @@ from torch import Tensor
 from liveweight.reference.masked_linear import pack_mask_bits
 
 
-def activity_stats_(stats: Tensor, x: Tensor, eps: float) -> None:
+def activity_stats_(stats: Tensor, x: Tensor, eps: float, channels: int = 0) -> None:
     """Add sum |x|, sum x^2 and count(|x| > eps) of x [N, F, P] to stats [4, F], all in float64.
 
-    The last row becomes the larger of itself and max |x|.
+    The last row becomes the larger of itself and max |x|. channels > 0: the features of x are
+    [positions, channels], those of stats [channels, positions].
     """
     size = x.detach().double().abs()  # [N, F, P]
+    if channels > 0:
+        size = size.unflatten(1, (-1, channels)).transpose(1, 2).flatten(1, 2)
     stats[0] += size.sum((0, 2))
     stats[1] += size.square().sum((0, 2))
     stats[2] += (size > eps).sum((0, 2))
