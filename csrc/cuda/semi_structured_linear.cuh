@@ -2,14 +2,14 @@
 //
 // W is the first operand of mma.sp.m16n8k32, x the second, eight tokens to an instruction; what
 // tokens beyond the last give is never stored. A lane loads its operands and index pairs of W as
-// 16 and 8 bytes straight into registers, one tile of 16 x 128 ahead. x goes through shared memory
+// 16 and 8 bytes straight into registers, two tiles of 16 x 128 ahead. x goes through shared memory
 // by cp.async, a phase of columns ahead, and from there by ldmatrix. Warps beside each other add
 // up their columns through shared memory, blocks (splits) through a workspace and a second launch,
 // both in fixed order.
 //
 // Floor: one read of W, 1.125 bytes for each of its N K weights, at 4.3 TB/s (H200): 4.4 us for
 // 4096 x 4096, 15.4 us for 14336 x 4096; a dense product reads 2 bytes, 1.78 times as much. In
-// flight: one to two tiles for each warp, 2.3 to 4.6 KB a tile row, so 18 to 74 KB a block.
+// flight: up to two tiles of 2.3 KB for each warp and tile row, so 37 or 74 KB a block.
 // Instructions: an mma.sp, its ldmatrix and its load serve 512 weights; see EXPECTED of
 // tests/kernels/code_semi_structured_linear.py for what was compiled.
 #pragma once
@@ -180,24 +180,22 @@ __global__ void __launch_bounds__(kFewThreads, C::kGroups <= 2 ? 2 : 1)
                     (first + tiles) * kTileColumns);
     cp_async_commit();
   };
-  const auto run = [&](int phase, SparseTile(&now)[C::kRowTiles],
-                       SparseTile(&later)[C::kRowTiles]) {
+  // Multiplies a tile and has its registers filled again: two phases ahead all the time.
+  const auto run = [&](int phase, SparseTile(&tile)[C::kRowTiles]) {
     cp_async_wait<0>();
     __syncthreads();  // all have this phase's x, and are done with the other buffer
-    if (phase + 1 < phases) {
-      load(phase + 1, later);
-      stage(phase + 1);
-    }
-    if (depth + phase * C::kDepthWarps < tiles) {
-      multiply_tile<C, T>(now, shared + phase % 2 * C::kStageBytes + mine, sum);
-    }
+    if (phase + 1 < phases) stage(phase + 1);
+    if (depth + phase * C::kDepthWarps >= tiles) return;
+    multiply_tile<C, T>(tile, shared + phase % 2 * C::kStageBytes + mine, sum);
+    load(phase + 2, tile);
   };
 
   load(0, even);
+  load(1, odd);
   stage(0);
   for (int phase = 0; phase < phases; phase += 2) {
-    run(phase, even, odd);
-    if (phase + 1 < phases) run(phase + 1, odd, even);
+    run(phase, even);
+    if (phase + 1 < phases) run(phase + 1, odd);
   }
   __syncthreads();
   store_sums<C>(in, reinterpret_cast<float*>(shared), row_warp, depth, sum);

@@ -181,5 +181,7 @@ def test_gpu_packs_as_the_cpu_does(gpu):
         assert torch.equal(here.values, there.values.cpu())
         assert torch.equal(here.meta, there.meta.cpu())
         assert torch.equal(there.to_dense().cpu(), weight)
+        turned = weight.t().contiguous().to(gpu).t()
+        assert torch.equal(SemiStructured.from_dense(turned, turned != 0).values, there.values)
     with pytest.raises(ValueError, match="got 4 in row 0, columns 0 to 3"):
         SemiStructured.from_dense(torch.ones(4, 8, device=gpu, dtype=torch.float16))

@@ -154,12 +154,19 @@ def test_the_backend_follows_gpu_and_version(monkeypatch, recwarn, capability, v
     monkeypatch.setattr(_library, "capability", lambda index: capability)
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: version is not None)
     monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: version)
-    backends.find_backend.cache_clear()
+    backends._find_backend.cache_clear()
     try:
         assert backends.find_backend(0) == backend
         text = backends.describe_backend(0)
+        # Compiled graphs take it for a constant.
+        compiled = torch.compile(
+            lambda x: x if backends.find_backend(0) == backend else -x,
+            fullgraph=True,
+            backend="eager",
+        )
+        assert torch.equal(compiled(torch.ones(2)), torch.ones(2))
     finally:
-        backends.find_backend.cache_clear()
+        backends._find_backend.cache_clear()
     warned = [str(w.message) for w in recwarn if "cuSPARSELt" in str(w.message)]
     assert bool(warned) == (version == 800 and capability == 90)
     assert not warned or "cuSPARSELt 0.8.0" in warned[0] and "9.0" in warned[0]

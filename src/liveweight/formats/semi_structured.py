@@ -59,10 +59,10 @@ class SemiStructured(pattern.PackedWeight):
         shape = tuple(weight.shape)
         if mask is not None:
             pattern.check_mask("SemiStructured", mask, (shape,))
-            mask = mask.to(weight.device)
+            mask = mask.to(weight.device).contiguous()
         compiled = weight.is_cuda and weight.dtype in _HALVES
         run = torch.ops.liveweight.semi_structured_pack if compiled else pack
-        values, meta, crowded = run(weight.detach(), mask)
+        values, meta, crowded = run(weight.detach().contiguous(), mask)
         if bool(crowded):
             _raise_crowded(weight != 0 if mask is None else mask)
         return cls(values, meta, shape)

@@ -25,13 +25,17 @@ _seen: set[tuple] = set()
 
 
 @torch.compiler.assume_constant_result
-@functools.lru_cache
 def find_backend(device: int) -> str | None:
     """Return the backend that PyTorch has for 2:4 products on a CUDA device, or None.
 
     cuSPARSELt where PyTorch was built with it; CUTLASS, which PyTorch compiles for compute
     capability 8.x alone. Warns about cuSPARSELt 0.8.0 on compute capability 9.x.
     """
+    return _find_backend(device)
+
+
+@functools.lru_cache
+def _find_backend(device: int) -> str | None:
     major, minor = divmod(_library.capability(device), 10)
     if major < 8:
         return None
@@ -153,6 +157,11 @@ def packed_for(
     now = (backend, values._version, meta.data_ptr(), shape)
     known = _packed.get(values)
     if known is None or known[0] != now:
+        if values.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "semi_structured_torch_linear: the first call with a weight packs it, which a CUDA "
+                "graph would only do when it is replayed: make one call before capturing"
+            )
         known = (now, pack_for(backend, values, meta, shape))
         _packed[values] = known
     return known[1]
