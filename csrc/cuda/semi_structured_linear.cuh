@@ -141,64 +141,84 @@ __device__ inline void store_sums(const FewTokens<T>& in, float* shared, int row
   }
 }
 
+// What a warp does: tiles depth, depth + kDepthWarps, ... of its split, in one or two tile rows.
+template <typename C, typename T>
+struct FewWork {
+  const FewTokens<T>& in;
+  unsigned char* shared;
+  int row_warp, depth;
+  int first, tiles, phases;  // tile columns of the split
+  int64_t start[C::kRowTiles];
+
+  __device__ FewWork(const FewTokens<T>& in, unsigned char* shared) : in(in), shared(shared) {
+    const int warp = int(threadIdx.x) / 32;
+    row_warp = warp % C::kRowWarps;
+    depth = warp / C::kRowWarps;
+    first = int(blockIdx.y) * in.per_split;
+    const int left = in.tile_columns - first;
+    tiles = left < in.per_split ? left : in.per_split;
+    phases = (tiles + C::kDepthWarps - 1) / C::kDepthWarps;
+#pragma unroll
+    for (int r = 0; r < C::kRowTiles; ++r) {
+      int64_t row = (int64_t(blockIdx.x) * C::kRowWarps + row_warp) * C::kRowTiles + r;
+      // Rows beyond the last tile repeat it; nothing of theirs is stored.
+      row = row < in.tile_rows ? row : in.tile_rows - 1;
+      start[r] = row * in.tile_columns + (first + depth);
+    }
+  }
+
+  __device__ bool has(int phase) const { return depth + phase * C::kDepthWarps < tiles; }
+
+  __device__ void load(int phase, SparseTile (&to)[C::kRowTiles]) const {
+    if (!has(phase)) return;
+#pragma unroll
+    for (int r = 0; r < C::kRowTiles; ++r) {
+      load_tile(to[r], in.values, in.meta, start[r] + phase * C::kDepthWarps);
+    }
+  }
+
+  __device__ unsigned char* stage_of(int phase) const {
+    return shared + phase % 2 * C::kStageBytes;
+  }
+
+  __device__ void stage(int phase) const {
+    const int from = first + phase * C::kDepthWarps;
+    stage_tokens<C>(in, stage_of(phase), from * kTileColumns, (first + tiles) * kTileColumns);
+    cp_async_commit();
+  }
+
+  // Multiplies a tile and has its registers filled again: two phases ahead all the time.
+  __device__ void run(int phase, SparseTile (&tile)[C::kRowTiles],
+                      float (&sum)[C::kRowTiles][C::kGroups][4]) const {
+    cp_async_wait<0>();
+    __syncthreads();  // all have this phase's x, and are done with the other buffer
+    if (phase + 1 < phases) stage(phase + 1);
+    if (!has(phase)) return;
+    // This lane's row of the four matrices of ldmatrix: token lane % 8, 8 columns each.
+    const int lane = lane_id();
+    const int mine = lane % 8 * C::kPitch + depth * kTileColumns * 2 + lane / 8 * 16;
+    multiply_tile<C, T>(tile, stage_of(phase) + mine, sum);
+    load(phase + 2, tile);
+  }
+};
+
 // Grid (row blocks, splits).
 template <typename C, typename T>
 __global__ void __launch_bounds__(kFewThreads, C::kGroups <= 2 ? 2 : 1)
     multiply_few_tokens(FewTokens<T> in) {
   LW_DYNAMIC_SHARED(shared);
-  const int warp = int(threadIdx.x) / 32, lane = lane_id();
-  const int row_warp = warp % C::kRowWarps, depth = warp / C::kRowWarps;
-  const int first = int(blockIdx.y) * in.per_split;
-  const int left = in.tile_columns - first;
-  const int tiles = left < in.per_split ? left : in.per_split;
-  const int phases = (tiles + C::kDepthWarps - 1) / C::kDepthWarps;
-
-  // Rows beyond the last tile repeat it; nothing of theirs is stored.
-  int64_t row_start[C::kRowTiles];
-#pragma unroll
-  for (int r = 0; r < C::kRowTiles; ++r) {
-    int64_t row = (int64_t(blockIdx.x) * C::kRowWarps + row_warp) * C::kRowTiles + r;
-    row = row < in.tile_rows ? row : in.tile_rows - 1;
-    row_start[r] = row * in.tile_columns + (first + depth);
-  }
-  // Where this lane's row of the four matrices of ldmatrix lies: token lane % 8, 8 columns each.
-  const int mine = lane % 8 * C::kPitch + depth * kTileColumns * 2 + lane / 8 * 16;
-
+  const FewWork<C, T> work(in, shared);
   float sum[C::kRowTiles][C::kGroups][4] = {};
   SparseTile even[C::kRowTiles], odd[C::kRowTiles];
-  const auto load = [&](int phase, SparseTile(&to)[C::kRowTiles]) {
-    const int ahead = phase * C::kDepthWarps;
-    if (depth + ahead >= tiles) return;
-#pragma unroll
-    for (int r = 0; r < C::kRowTiles; ++r) {
-      load_tile(to[r], in.values, in.meta, row_start[r] + ahead);
-    }
-  };
-  const auto stage = [&](int phase) {
-    const int start = first + phase * C::kDepthWarps;
-    stage_tokens<C>(in, shared + phase % 2 * C::kStageBytes, start * kTileColumns,
-                    (first + tiles) * kTileColumns);
-    cp_async_commit();
-  };
-  // Multiplies a tile and has its registers filled again: two phases ahead all the time.
-  const auto run = [&](int phase, SparseTile(&tile)[C::kRowTiles]) {
-    cp_async_wait<0>();
-    __syncthreads();  // all have this phase's x, and are done with the other buffer
-    if (phase + 1 < phases) stage(phase + 1);
-    if (depth + phase * C::kDepthWarps >= tiles) return;
-    multiply_tile<C, T>(tile, shared + phase % 2 * C::kStageBytes + mine, sum);
-    load(phase + 2, tile);
-  };
-
-  load(0, even);
-  load(1, odd);
-  stage(0);
-  for (int phase = 0; phase < phases; phase += 2) {
-    run(phase, even);
-    if (phase + 1 < phases) run(phase + 1, odd);
+  work.load(0, even);
+  work.load(1, odd);
+  work.stage(0);
+  for (int phase = 0; phase < work.phases; phase += 2) {
+    work.run(phase, even, sum);
+    if (phase + 1 < work.phases) work.run(phase + 1, odd, sum);
   }
   __syncthreads();
-  store_sums<C>(in, reinterpret_cast<float*>(shared), row_warp, depth, sum);
+  store_sums<C>(in, reinterpret_cast<float*>(shared), work.row_warp, work.depth, sum);
 }
 
 // Adds the splits up, first to last; none where W has no columns.

@@ -76,22 +76,8 @@ def torch_linear(
     backend: str,
 ) -> Tensor:
     """Return act(x W^T + bias) [M, N] for x [M, K] by a backend of PyTorch; checks its operands."""
-    if backend not in MULTIPLES:
-        raise ValueError(
-            f"semi_structured_torch_linear: backend must be {CUSPARSELT!r} or {CUTLASS!r}, got "
-            f"{backend!r}"
-        )
-    if x.dtype not in (torch.bfloat16, torch.float16) or values.dtype != x.dtype:
-        raise TypeError(
-            "semi_structured_torch_linear: x and values must both be bfloat16 or float16, got "
-            f"{x.dtype} and {values.dtype}"
-        )
     tokens, shape = x.shape[0], (out_features, x.shape[1])
-    if semi_structured.tiles_of(shape) != tuple(values.shape[:2]):
-        raise ValueError(
-            f"semi_structured_torch_linear: values {tuple(values.shape)} hold no weight of shape "
-            f"{shape}"
-        )
+    _check(x, values, shape, backend)
     if min(*shape, tokens) == 0:
         y = x.new_zeros(tokens, out_features)
         y = apply_activation(y if bias is None else y + bias, activation)
@@ -104,6 +90,19 @@ def torch_linear(
     y = run(x, packed, bias, batch_last)[:tokens, :out_features]
     y = apply_activation(y, activation)
     return y.t().contiguous().t() if batch_last else y.contiguous()
+
+
+def _check(x: Tensor, values: Tensor, shape: tuple[int, int], backend: str) -> None:
+    """Raise TypeError or ValueError unless a backend can multiply these."""
+    op = "semi_structured_torch_linear"
+    if backend not in MULTIPLES:
+        raise ValueError(f"{op}: backend must be {CUSPARSELT!r} or {CUTLASS!r}, got {backend!r}")
+    if x.dtype not in (torch.bfloat16, torch.float16) or values.dtype != x.dtype:
+        raise TypeError(
+            f"{op}: x and values must both be bfloat16 or float16, got {x.dtype} and {values.dtype}"
+        )
+    if semi_structured.tiles_of(shape) != tuple(values.shape[:2]):
+        raise ValueError(f"{op}: values {tuple(values.shape)} hold no weight of shape {shape}")
 
 
 def _run_cusparselt(
