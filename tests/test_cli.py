@@ -85,7 +85,7 @@ def test_info_and_version(capsys):
     [
         ("recipes", ["lenet5-digits", "lenet300-mnist"]),
         ("importances", ["nnrelief", "magnitude", "random", "data"]),
-        ("formats", ["unstructured", "kernelwise", "dense"]),
+        ("formats", ["unstructured", "bitmap", "semi_structured", "block", "kernelwise", "dense"]),
         ("models", ["lenet5", "431,080", "266,610"]),
         ("ops", ["activity_stats_", "kernelwise_conv2d"]),
     ],

@@ -9,7 +9,20 @@ from liveweight.runs.models import MODELS, build_model
 from liveweight.runs.recipe import built_in_recipes
 
 _FORMATS = (
-    ("unstructured", "Linear", "single weights are missing; rows of values and columns (CSR)"),
+    ("unstructured", "Linear, Conv2d", "single weights are missing; tiles of values and columns"),
+    ("bitmap", "Linear", "the same on a GPU: one bit for each weight, values in fragment order"),
+    ("delta", "Linear", "the same on a GPU where little is kept: values and packed gaps"),
+    (
+        "nm",
+        "Linear",
+        "at most n of every m weights of a row are kept, as 2:4; stored as single weights",
+    ),
+    (
+        "semi_structured",
+        "Linear",
+        "2:4 on a GPU: values and indices as sparse tensor cores read them",
+    ),
+    ("block", "Linear, Conv2d", "whole blocks are missing; panels of rows, chunks of columns"),
     ("kernelwise", "Conv2d", "whole 2-D kernels weight[o, i] are missing; direct convolution"),
     ("dense", "any", "the module as it was; always a candidate of compress_"),
 )
