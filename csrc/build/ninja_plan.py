@@ -91,8 +91,17 @@ class Plan:
         if depfile:
             self.lines += ["  depfile = $out.d", "  deps = gcc"]
 
-    def edge(self, rule: str, out: pathlib.Path, inputs: list[pathlib.Path], **variables) -> None:
-        self.lines.append(f"build {_quote(out)}: {rule} {' '.join(map(_quote, inputs))}")
+    def edge(
+        self,
+        rule: str,
+        out: pathlib.Path,
+        inputs: list[pathlib.Path],
+        needs: tuple[pathlib.Path, ...] = (),
+        **variables,
+    ) -> None:
+        """Make `out` from inputs; a change of what it needs beside them makes it again, too."""
+        beside = f" | {' '.join(map(_quote, needs))}" if needs else ""
+        self.lines.append(f"build {_quote(out)}: {rule} {' '.join(map(_quote, inputs))}{beside}")
         self.lines += [f"  {key} = {value}" for key, value in variables.items()]
 
     def add_cpu(self, include: pathlib.Path) -> None:
@@ -115,7 +124,7 @@ class Plan:
                     "cpu", obj, [source], isa=f"-DLW_ISA={isa}{base}{x86_flag} {ISA_FLAGS[isa]}"
                 )
                 objects.append(obj)
-        self._link("link_cpu", "_cpu.so", objects)
+        self.link("link_cpu", "_cpu.so", objects)
 
     def add_pack(self) -> None:
         spec = importlib.util.find_spec("pybind11")
@@ -134,7 +143,7 @@ class Plan:
         for source in sorted((ROOT / "csrc" / "pack").glob("*.cpp")):
             objects.append(self.build_dir / "pack" / f"{source.stem}.o")
             self.edge("pack", objects[-1], [source])
-        self._link("link_pack", "_pack" + sysconfig.get_config_var("EXT_SUFFIX"), objects)
+        self.link("link_pack", "_pack" + sysconfig.get_config_var("EXT_SUFFIX"), objects)
 
     def add_cuda(self, include: pathlib.Path, tool: str) -> None:
         sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -167,9 +176,9 @@ class Plan:
         for source in sources:
             objects.append(self.build_dir / "cuda" / f"{source.stem}.o")
             self.edge("cuda", objects[-1], [source])
-        self._link("link_cuda", "_cuda.so", objects, order_only=stub)
+        self.link("link_cuda", "_cuda.so", objects, order_only=stub)
 
-    def _link(
+    def link(
         self,
         rule: str,
         name: str,

@@ -1,18 +1,17 @@
 // Fibres: threads of execution that hand over to each other by themselves, on one host thread.
 //
-// Each has a stack of its own, made once and used for every block that follows. Switches go through
-// _setjmp and _longjmp, which leave the signal mask alone (swapcontext asks the kernel for it each
-// time, 30 times the cost); under AddressSanitizer through swapcontext, which it follows.
+// Each has a stack of its own, made once and used for every block that follows. On x86-64 a switch
+// is 16 instructions, elsewhere swapcontext, which asks the kernel for the signal mask each time.
+// AddressSanitizer is told of every switch.
 #pragma once
 
-#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 
 #if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -24,25 +23,61 @@ inline constexpr size_t kStackBytes = 128 << 10;
 // stack's bounds, for AddressSanitizer, are learned when the first fibre is entered from it).
 struct Context {
   ucontext_t context;
-  jmp_buf jump;
-  bool started = false;
+  void* stack_pointer = nullptr;
   const void* stack_bottom = nullptr;
   size_t stack_bytes = 0;
   void* fake_stack = nullptr;  // AddressSanitizer's
 };
 
+#if defined(__x86_64__)
+// Saves what a called function must preserve on the stack, and goes on where `to` was left.
+__attribute__((naked, noinline)) inline void switch_stack([[maybe_unused]] void** from,
+                                                          [[maybe_unused]] void* to) {
+  asm("pushq %rbp\n\t"
+      "pushq %rbx\n\t"
+      "pushq %r12\n\t"
+      "pushq %r13\n\t"
+      "pushq %r14\n\t"
+      "pushq %r15\n\t"
+      "movq %rsp, (%rdi)\n\t"
+      "movq %rsi, %rsp\n\t"
+      "popq %r15\n\t"
+      "popq %r14\n\t"
+      "popq %r13\n\t"
+      "popq %r12\n\t"
+      "popq %rbx\n\t"
+      "popq %rbp\n\t"
+      "ret");
+}
+
+inline void swap(Context& from, Context& to) {
+  switch_stack(&from.stack_pointer, to.stack_pointer);
+}
+#else
+inline void swap(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
+#endif
+
 struct Fibre : Context {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
 
   void prepare(void (*entry)()) {
+    stack_bottom = stack.get();
+    stack_bytes = kStackBytes;
+#if defined(__x86_64__)
+    // As switch_stack left it: six registers, then where to return to; a function is entered with
+    // its stack pointer 8 bytes off a 16-byte boundary.
+    const uintptr_t end = reinterpret_cast<uintptr_t>(stack.get() + kStackBytes) & ~uintptr_t(15);
+    auto* top = reinterpret_cast<uintptr_t*>(end) - 8;
+    for (int i = 0; i < 8; ++i) top[i] = 0;
+    top[6] = reinterpret_cast<uintptr_t>(entry);
+    stack_pointer = top;
+#else
     getcontext(&context);
     context.uc_stack.ss_sp = stack.get();
     context.uc_stack.ss_size = kStackBytes;
     context.uc_link = nullptr;
     makecontext(&context, entry, 0);
-    stack_bottom = stack.get();
-    stack_bytes = kStackBytes;
-    started = false;
+#endif
   }
 };
 
@@ -61,19 +96,12 @@ inline void arrived(Context* self) {
 inline void switch_context(Context& from, Context& to) {
   left = &from;
   __sanitizer_start_switch_fiber(&from.fake_stack, to.stack_bottom, to.stack_bytes);
-  swapcontext(&from.context, &to.context);
+  swap(from, to);
   arrived(&from);
 }
 #else
 inline void arrived(Context*) {}
-
-inline void switch_context(Context& from, Context& to) {
-  from.started = true;
-  if (_setjmp(from.jump)) return;
-  if (to.started) _longjmp(to.jump, 1);
-  to.started = true;
-  setcontext(&to.context);
-}
+inline void switch_context(Context& from, Context& to) { swap(from, to); }
 #endif
 
 }  // namespace cuda_host

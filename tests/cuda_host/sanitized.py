@@ -14,27 +14,32 @@ import pathlib
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT / "csrc" / "build"))
 
 import sanitize  # noqa: E402
 
 
-def main(tests: list[str]) -> int:
+def environment() -> dict[str, str]:
+    """Build the sanitized library; return the environment in which Python can load it."""
     env = {
         **os.environ,
         "LIVEWEIGHT_SANITIZE": os.environ.get("LIVEWEIGHT_SANITIZE", sanitize.DEFAULT),
-        # Python's own memory leaks, and torch is not built for the other checks of a container.
+        # Python never gives back what it allocates at its start.
         "ASAN_OPTIONS": "detect_leaks=0:" + os.environ.get("ASAN_OPTIONS", ""),
         "UBSAN_OPTIONS": "print_stacktrace=1:" + os.environ.get("UBSAN_OPTIONS", ""),
     }
-    # Built first: the compiler has no use for the preloaded libraries.
+    # Before the preload: the compiler has no use for it.
     build = [sys.executable, "-c", "import emulated; emulated.build()"]
-    subprocess.run(build, env=env, cwd=ROOT / "tests" / "cuda_host", check=True)
-    env["LD_PRELOAD"] = sanitize.runtimes()
+    subprocess.run(build, env=env, cwd=HERE, check=True)
+    return {**env, "LD_PRELOAD": sanitize.runtimes()}
+
+
+def main(tests: list[str]) -> int:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     command += ["-m", "sanitized and not gpu", *(tests or ["tests/csrc"])]
-    return subprocess.run(command, env=env, cwd=ROOT).returncode
+    return subprocess.run(command, env=environment(), cwd=ROOT).returncode
 
 
 if __name__ == "__main__":
