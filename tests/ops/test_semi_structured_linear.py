@@ -185,3 +185,33 @@ def test_gpu_packs_as_the_cpu_does(gpu):
         assert torch.equal(SemiStructured.from_dense(turned, turned != 0).values, there.values)
     with pytest.raises(ValueError, match="got 4 in row 0, columns 0 to 3"):
         SemiStructured.from_dense(torch.ones(4, 8, device=gpu, dtype=torch.float16))
+
+
+@pytest.mark.gpu
+def test_gpu_ops_keep_their_promises(gpu):
+    ops, checks = torch.ops.liveweight, ("test_schema", "test_faketensor")
+    weight = two_of_four(40, 200, torch.bfloat16).to(gpu)
+    x, bias = torch.randn(3, 200, device=gpu).bfloat16(), torch.randn(40, device=gpu).bfloat16()
+    packed = SemiStructured.from_dense(weight)
+    parts = (packed.values, packed.meta)
+    for op, args in (
+        (ops.semi_structured_linear.default, (x, *parts, 40, bias, 1, False)),
+        (ops.semi_structured_linear.default, (x, *parts, 40, None, 0, True)),
+        (ops.semi_structured_pack.default, (weight, None)),
+        (ops.semi_structured_to_dense.default, (*parts, [40, 200])),
+        (ops.semi_structured_take.default, (weight, packed.meta)),
+    ):
+        torch.library.opcheck(op, args, test_utils=checks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [3, 100, 300])
+def test_gpu_layer_is_one_compiled_graph(gpu, M):
+    packed = SemiStructured.from_dense(two_of_four(40, 200, torch.bfloat16).to(gpu))
+    compiled = torch.compile(
+        lambda x: nm_linear(x, packed, activation="gelu"), fullgraph=True, dynamic=False
+    )
+    x = torch.randn(M, 200, device=gpu).bfloat16()
+    torch.testing.assert_close(
+        compiled(x), nm_linear(x, packed, activation="gelu"), rtol=2e-2, atol=2e-2
+    )

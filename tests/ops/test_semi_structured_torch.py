@@ -131,6 +131,9 @@ def test_a_weight_is_packed_once_and_again_when_it_changes(library):
         packed.values.mul_(2)
     torch.testing.assert_close(backends.torch_linear(x, *parts), 2 * before)
     assert library.compressed == 2
+    packed.meta.add_(0)
+    backends.torch_linear(x, *parts)
+    assert library.compressed == 3
     assert len(backends._packed) == 1
     del packed, parts
     assert len(backends._packed) == 0  # nothing of a weight outlives it

@@ -149,21 +149,21 @@ def packed_for(
 ) -> tuple[Tensor, ...]:
     """Return a weight as a backend stores it, kept as long as its values live unchanged.
 
-    Values made under inference mode do not tell when they change: they are packed at every call.
+    Tensors made under inference mode do not tell when they change: packed at every call.
     """
-    if values.is_inference():
+    if values.is_inference() or meta.is_inference():
         return pack_for(backend, values, meta, shape)
-    now = (backend, values._version, meta.data_ptr(), shape)
+    now = (backend, values._version, meta._version, tuple(shape))
     known = _packed.get(values)
-    if known is None or known[0] != now:
+    if known is None or known[0] != now or known[1] is not meta:
         if values.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "semi_structured_torch_linear: the first call with a weight packs it, which a CUDA "
                 "graph would only do when it is replayed: make one call before capturing"
             )
-        known = (now, pack_for(backend, values, meta, shape))
+        known = (now, meta, pack_for(backend, values, meta, shape))
         _packed[values] = known
-    return known[1]
+    return known[2]
 
 
 def pack_for(
