@@ -19,15 +19,17 @@ struct alignas(16) Quad {
   float value[kQuad];
 };
 
-// What a block works on, the same for all its threads.
+// What a block works on, the same for all its threads: in shared memory, since registers are short.
 struct Block {
-  int first_filter, filters, first_channel;
+  int first_filter, filters;
   int row, column;                            // of the first output, before pooling
   int64_t image;
   int images;
   int top, left, rows, columns;  // of the tile's part of x that lies inside the picture
   int skipped_rows, skipped_columns;          // padding before that part
+  int64_t start;                              // of that part in x, in elements
 };
+static_assert(sizeof(Block) <= kBlockBytes);
 
 __device__ inline int least(int64_t a, int64_t b) { return int(a < b ? a : b); }
 
@@ -39,7 +41,6 @@ __device__ inline Block find_block(const Conv& c, const ConvTile& t, int stride)
   const int first = part % t.filter_blocks * t.filters();
   b.first_filter = group * c.group_filters + first;
   b.filters = least(t.filters(), c.group_filters - first);
-  b.first_channel = group * c.group_channels;
   b.column = int(tile % t.tiles_across) * t.across * kQuad;
   tile /= int(t.tiles_across);
   b.row = int(tile % t.tiles_down) * t.down * t.rows;
@@ -53,6 +54,8 @@ __device__ inline Block find_block(const Conv& c, const ConvTile& t, int stride)
   b.columns = least(t.staged_columns - b.skipped_columns, c.width - b.left);
   if (b.rows < 0) b.rows = 0;
   if (b.columns < 0) b.columns = 0;
+  b.start = b.image * c.x_stride[0] + int64_t(group) * c.group_channels * c.x_stride[1] +
+            b.top * c.x_stride[2] + b.left * c.x_stride[3];
   return b;
 }
 
@@ -62,6 +65,7 @@ template <typename Visit>
 __device__ inline void each_place(int images, int rows, int columns, bool side_by_side,
                                   Visit visit) {
   const int count = images * rows * columns;
+#pragma unroll 1
   for (int n = int(threadIdx.x); n < count; n += int(blockDim.x)) {
     int at = n, image = 0;
     if (side_by_side) image = at % images, at /= images;
@@ -76,7 +80,7 @@ __device__ inline void list_pixels(const Conv& c, const ConvTile& t, const Block
                                    Place* places) {
   const auto list = [&](int n, int i, int row, int column) {
     places[n].memory = int(i * c.x_stride[0] + row * c.x_stride[2] + column * c.x_stride[3]);
-    row += b.skipped_rows, column += b.skipped_columns;
+    row = t.with_gaps(row + b.skipped_rows), column += b.skipped_columns;
     places[n].shared = i * t.image_pitch + column / 2 * t.pair_pitch + 2 * row + column % 2;
   };
   each_place(b.images, b.rows, b.columns, c.x_stride[0] == 1, list);
@@ -89,6 +93,7 @@ __device__ inline void deal_filters(const Conv& c, const Block& b, int* dealt) {
   const int32_t* offsets = c.filter_offsets + b.first_filter;
   const int mine = offsets[me + 1] - offsets[me];
   int rank = 0;
+#pragma unroll 1
   for (int other = 0; other < b.filters; ++other) {
     const int kernels = offsets[other + 1] - offsets[other];
     rank += kernels > mine || (kernels == mine && other < me);
@@ -101,6 +106,7 @@ __device__ inline void stage_widened(const T* from, int64_t step, float* to, int
                                      int channels) {
   constexpr int kAtOnce = 4;
   int channel = 0;
+#pragma unroll 1
   for (; channel + kAtOnce <= channels; channel += kAtOnce) {
     float value[kAtOnce];
 #pragma unroll
@@ -108,6 +114,7 @@ __device__ inline void stage_widened(const T* from, int64_t step, float* to, int
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) to[(channel + i) * pitch] = value[i];
   }
+#pragma unroll 1
   for (; channel < channels; ++channel) to[channel * pitch] = to_float(from[channel * step]);
 }
 
@@ -121,9 +128,9 @@ __device__ inline void stage(const Conv& c, const ConvTile& t, const Block& b, c
   const int64_t step = c.x_stride[1] * side_by_side;
   const int pitch = t.channel_pitch * side_by_side;
   const int mine = (channels - lane + side_by_side - 1) / side_by_side;
-  const int64_t start = b.image * c.x_stride[0] + b.top * c.x_stride[2] + b.left * c.x_stride[3] +
-                        (b.first_channel + first + lane) * c.x_stride[1];
+  const int64_t start = b.start + (first + lane) * c.x_stride[1];
   to += lane * t.channel_pitch;
+#pragma unroll 1
   for (int n = int(threadIdx.x) / side_by_side; n < count; n += int(blockDim.x) / side_by_side) {
     const Place place = places[n];
     float* out = to + place.shared;
@@ -134,9 +141,10 @@ __device__ inline void stage(const Conv& c, const ConvTile& t, const Block& b, c
       stage_widened(static_cast<const Half*>(c.x) + from, step, out, pitch, mine);
     } else {
       const float* in = static_cast<const float*>(c.x) + from;
+      SharedAddress at = shared_address(out);
 #pragma unroll 4
-      for (int channel = 0; channel < mine; ++channel, in += step, out += pitch) {
-        cp_async4(out, in);
+      for (int channel = 0; channel < mine; ++channel, in += step, at += 4 * pitch) {
+        cp_async4(at, in);
       }
     }
   }

@@ -7,8 +7,21 @@ namespace liveweight::cuda::kernelwise {
 
 // Where the sum of an output of the tile lies among one filter's: lane after lane, in quads.
 __device__ inline int sum_at(const ConvTile& t, int image, int row, int column) {
-  const int lane = (image * t.down + row / t.rows) * t.across + column / kQuad;
+  const int lane = t.lane_of(image, row / t.rows, column / kQuad);
   return (row % t.rows * 32 + lane) * kQuad + column % kQuad;
+}
+
+// A lane's sums of one filter to shared memory, as sum_at finds them.
+template <int R>
+__device__ inline void keep_sums(float* filter, const float (&sums)[R][kQuad]) {
+  float* to = filter + int(threadIdx.x) % 32 * kQuad;
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    Quad quad;
+#pragma unroll
+    for (int q = 0; q < kQuad; ++q) quad.value[q] = sums[r][q];
+    *reinterpret_cast<Quad*>(to + r * 32 * kQuad) = quad;
+  }
 }
 
 __device__ inline float load_any(const void* from, int64_t at, Element element) {
@@ -36,7 +49,9 @@ __device__ inline float rectify(float value, bool relu) {
 __device__ inline float pool_sums(const ConvTile& t, const float* sums, int image, int row,
                                   int column, int pool) {
   float most = sums[sum_at(t, image, row, column)];
+#pragma unroll 1
   for (int i = 0; i < pool; ++i) {
+#pragma unroll 1
     for (int j = 0; j < pool; ++j) {
       most = max_nan(most, sums[sum_at(t, image, row + i, column + j)]);
     }
@@ -61,11 +76,13 @@ __device__ inline void write_tile(const Conv& c, const ConvTile& t, const Block&
   const int first = c.y_stride[1] == 1 ? me % side_by_side : me / 32;
   const int start = c.y_stride[1] == 1 ? me / side_by_side : me % 32;
   const int step = int(blockDim.x) / side_by_side;
+#pragma unroll 1
   for (int f = first; f < b.filters; f += side_by_side) {
     const int filter = b.first_filter + f;
     const float bias = c.bias ? load_any(c.bias, filter, c.element) : 0.f;
     const int64_t at = b.image * c.y_stride[0] + filter * c.y_stride[1] + row * c.y_stride[2] +
                        column * c.y_stride[3];
+#pragma unroll 1
     for (int n = start; n < count; n += step) {
       const int from = places[n].shared;
       const float sum = c.pool == 1 ? sums[f * filter_sums + from]
@@ -82,8 +99,8 @@ template <int R>
 __device__ inline void write_patch(const Conv& c, const ConvTile& t, const Block& b, int filter,
                                    const float (&sums)[R][kQuad]) {
   const int lane = int(threadIdx.x) % 32;
-  const int image = lane / (t.across * t.down), row = b.row + lane / t.across % t.down * R;
-  const int column = b.column + lane % t.across * kQuad;
+  const int image = lane / (t.across * t.down), row = b.row + t.patch_down(lane) * R;
+  const int column = b.column + t.patch_across(lane) * kQuad;
   if (image >= b.images || column >= c.out_width) return;
   const float bias = c.bias ? static_cast<const float*>(c.bias)[filter] : 0.f;
   float* out = static_cast<float*>(c.y) + (b.image + image) * c.y_stride[0] +

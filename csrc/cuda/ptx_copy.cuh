@@ -28,11 +28,21 @@ __device__ inline void cp_async16(void* shared, const void* global, bool valid =
 #endif
 }
 
-// cp.async.ca.shared.global of 4 bytes: both addresses on 4-byte boundaries.
-__device__ inline void cp_async4(void* shared, const void* global) {
+// A place in shared memory as the instructions take it, in bytes: half the arithmetic of a pointer.
 #if defined(__CUDACC__)
-  const uint32_t to = uint32_t(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" : : "r"(to), "l"(global) : "memory");
+using SharedAddress = uint32_t;
+__device__ inline SharedAddress shared_address(void* shared) {
+  return uint32_t(__cvta_generic_to_shared(shared));
+}
+#else
+using SharedAddress = unsigned char*;
+inline SharedAddress shared_address(void* shared) { return static_cast<SharedAddress>(shared); }
+#endif
+
+// cp.async.ca.shared.global of 4 bytes: both addresses on 4-byte boundaries.
+__device__ inline void cp_async4(SharedAddress shared, const void* global) {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" : : "r"(shared), "l"(global) : "memory");
 #else
   auto& machine = cuda_host::machine;
   if (reinterpret_cast<uintptr_t>(shared) % 4) machine.fail("cp_async4: misaligned destination");

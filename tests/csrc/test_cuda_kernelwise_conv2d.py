@@ -180,6 +180,18 @@ def test_order_of_threads_changes_nothing(kernels):
         assert all(torch.equal(y, got[0]) for y in got)
 
 
+def test_every_plan_gives_the_same_bits(kernels):
+    if not kernels.emulated:
+        pytest.skip("a GPU always plans as the shapes say")
+    case = CASES["3x3, many filters"]
+    x, _, packed, bias = case.make()
+    got = []
+    for way, rows in ((DIRECT_WAY, 0), (TILED_WAY, 8), (TILED_WAY, 7), (TILED_WAY, 4)):
+        with plan(kernels, way, rows):
+            got.append(run(kernels, case, x, packed, bias))
+    assert all(torch.equal(y, got[0]) for y in got)
+
+
 @pytest.mark.parametrize("way", (TILED_WAY, DIRECT_WAY))
 @pytest.mark.parametrize("poison", (float("nan"), float("inf")))
 def test_removed_kernels_stop_nan_and_inf(kernels, poison, way):

@@ -113,7 +113,7 @@ __global__ void copy_words_kernel(const uint32_t* from, uint32_t* out) {
   LW_DYNAMIC_SHARED(memory);
   uint32_t* shared = reinterpret_cast<uint32_t*>(memory);
   const int thread = int(threadIdx.x);
-  cp_async4(shared + blockDim.x - 1 - threadIdx.x, from + thread);
+  cp_async4(shared_address(shared + blockDim.x - 1 - threadIdx.x), from + thread);
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
