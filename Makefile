@@ -31,6 +31,7 @@ build:
 # Op tests on kernels with AddressSanitizer and UBSan; other tests: make sanitize TESTS=tests/nn
 sanitize: $(VENV)/.dev
 	$(PYTHON) csrc/build/sanitize.py $(TESTS)
+	$(if $(TESTS),,$(PYTHON) tests/cuda_host/sanitized.py)
 
 bench: $(VENV)/.dev build
 	$(PYTHON) -m pytest $(BENCH) -o python_files='bench_*.py' --benchmark-only \
