@@ -3,6 +3,9 @@
 
 #include <cmath>
 
+#include "launch.cuh"
+#include "ptx.cuh"
+
 namespace liveweight::cuda {
 
 enum Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kActivations = 4 };
@@ -17,6 +20,19 @@ __device__ inline float activate(float x, int code) {
     return x * (0.5f * (1.f + tanhf(u)));
   }
   return x;
+}
+
+// y = act(y), elementwise.
+template <typename T>
+__global__ void __launch_bounds__(256) activate_elements(T* y, int64_t count, int activation) {
+  const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
+  if (i < count) y[i] = from_float<T>(activate(to_float(y[i]), activation));
+}
+
+template <typename T>
+void activate_all(T* y, int64_t count, int activation, const Launch& launch) {
+  if (activation == kNone) return;
+  launch(activate_elements<T>, Shape{grid((count + 255) / 256), 256}, y, count, activation);
 }
 
 }  // namespace liveweight::cuda

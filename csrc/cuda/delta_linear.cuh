@@ -234,19 +234,6 @@ __global__ void __launch_bounds__(256) finish_delta_linear(DeltaCall<T> call) {
   call.y[i] = from_float<T>(activate(sum + bias, call.activation));
 }
 
-// y = act(y), elementwise.
-template <typename T>
-__global__ void __launch_bounds__(256) activate_elements(T* y, int64_t count, int activation) {
-  const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
-  if (i < count) y[i] = from_float<T>(activate(to_float(y[i]), activation));
-}
-
-template <typename T>
-void activate_all(T* y, int64_t count, int activation, const Launch& launch) {
-  if (activation == kNone) return;
-  launch(activate_elements<T>, Shape{grid(div_up(count, 256)), 256}, y, count, activation);
-}
-
 // Columns of x that a block stages: the longest part's.
 inline int64_t staged_columns(const DeltaWeight& w) {
   return w.columns < w.part ? w.columns : w.part;

@@ -95,6 +95,15 @@ class Machine {
   unsigned lane() const { return current_->index % kWarpSize; }
   unsigned char* shared() const { return shared_; }
 
+  // Bytes `at` to `at + bytes` of dynamic shared memory, which must lie in it and be aligned.
+  unsigned char* shared_at(uint32_t at, uint32_t bytes) {
+    if (at % bytes || uint64_t(at) + bytes > uint64_t(shared_bytes_)) {
+      fail("no " + std::to_string(bytes) + " bytes at " + std::to_string(at) + " of " +
+           std::to_string(shared_bytes_) + " bytes of shared memory");
+    }
+    return shared_ + at;
+  }
+
   // Whether the barrier there is to be ignored; notes that it was met.
   bool dropped(const char* file, int line) {
     if (line != last_place_.line || file != last_place_.file) {
@@ -170,6 +179,7 @@ class Machine {
   Thread* current_ = nullptr;
   Context host_;
   unsigned char* shared_ = nullptr;
+  int shared_bytes_ = 0;
   std::string error_;
   Place last_place_{nullptr, 0};
   std::string last_name_;

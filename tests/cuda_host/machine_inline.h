@@ -31,6 +31,7 @@ inline void Machine::launch(dim3 grid_size, unsigned threads, int shared,
   if (shared && posix_memalign(&memory, 16, size_t(shared))) throw std::bad_alloc();
   const std::unique_ptr<void, decltype(&std::free)> owner(memory, &std::free);
   shared_ = static_cast<unsigned char*>(memory);
+  shared_bytes_ = shared;
   prepare(threads);
   for (unsigned i : blocks) {
     block_index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
