@@ -1,4 +1,4 @@
-// mass_mask and top_k_mask for CUDA: checks, allocation, registration.
+// mass_mask, signal_mask and top_k_mask for CUDA: checks, allocation, registration.
 #include "select_flat.cuh"
 #include "select_rows.cuh"
 #include "torch_ops.cuh"
@@ -6,6 +6,7 @@
 #undef NDEBUG  // the assertion of a captured selection must stay
 #include <cassert>
 #include <stdexcept>
+#include <tuple>
 
 namespace liveweight::cuda {
 namespace {
@@ -62,29 +63,49 @@ int shared_limit(const Tensor& x) {
                               std::to_string(row) + " holds " + held);
 }
 
-Tensor new_mask(const Tensor& scores, bool packed) {
-  const int64_t rows = scores.size(0), columns = scores.size(1);
-  return packed ? empty(scores, {rows, (columns + 31) / 32}, ScalarType::Int)
-                : empty(scores, {rows, columns}, ScalarType::Bool);
+Tensor new_mask(const Tensor& like, bool packed) {
+  const int64_t rows = like.size(0), columns = like.size(1);
+  return packed ? empty(like, {rows, (columns + 31) / 32}, ScalarType::Int)
+                : empty(like, {rows, columns}, ScalarType::Bool);
 }
 
-// Runs the row kernel; the first row that it refused, or kNoIndex.
-template <class Rule>
-Index select_rows_of(const char* op, const Tensor& scores, int64_t rows, int64_t columns,
-                     const Rule& rule, const Tensor& mask, bool packed) {
+uint8_t* bytes_of(const Tensor& mask) {
+  return mask.scalar_type() == ScalarType::Bool ? reinterpret_cast<uint8_t*>(typed<bool>(mask))
+                                                : nullptr;
+}
+
+uint32_t* words_of(const Tensor& mask) {
+  return mask.scalar_type() == ScalarType::Int
+             ? reinterpret_cast<uint32_t*>(typed<int32_t>(mask))
+             : nullptr;
+}
+
+void check_length(const char* op, int64_t columns) {
   require(columns < (int64_t(1) << 31) - kUnitColumns, op, "a row of ", columns,
           " scores is too long, expected fewer than 2**31");
-  const Launch launch = launcher(scores);
-  const Tensor first_bad = empty(scores, {1}, ScalarType::Long);
-  Index* bad = reinterpret_cast<Index*>(typed<int64_t>(first_bad));
-  launch(set_index, Shape{grid(1), kWarpLanes}, bad, kNoIndex);
+}
+
+// Runs the row kernel; the first row that it refused, or kNoIndex. `like`: its device.
+template <class Rule, class Source>
+Index select_rows_of(const Source& source, int64_t rows, const Rule& rule, RowMask mask,
+                     const Tensor& like) {
+  const Launch launch = launcher(like);
+  const Tensor first_bad = empty(like, {1}, ScalarType::Long);
+  mask.bad_row = reinterpret_cast<Index*>(typed<int64_t>(first_bad));
+  launch(set_index, Shape{grid(1), kWarpLanes}, mask.bad_row, kNoIndex);
+  const RowPlan plan = plan_rows<Rule>(rows, source.columns, shared_limit(like));
+  select_each_row(source, rule, plan, mask, launch);
+  return read_first_bad(launch, mask.bad_row);
+}
+
+template <class Rule>
+Index select_scores(const char* op, const Tensor& scores, const Rule& rule, const Tensor& mask) {
+  const int64_t columns = scores.size(1);
+  check_length(op, columns);
   const bool aligned = misalignment(scores) == 0 && columns % kColumns == 0;
   const StoredScores source{typed<const float>(scores), int(columns), aligned};
-  const RowMask to{packed ? nullptr : reinterpret_cast<uint8_t*>(typed<bool>(mask)),
-                   packed ? reinterpret_cast<uint32_t*>(typed<int32_t>(mask)) : nullptr, bad};
-  select_each_row(source, rule, plan_rows<Rule>(rows, columns, shared_limit(scores)), to,
-                  launch);
-  return read_first_bad(launch, bad);
+  const RowMask to{int(columns), bytes_of(mask), words_of(mask), nullptr, nullptr};
+  return select_rows_of(source, scores.size(0), rule, to, scores);
 }
 
 Tensor mass_mask_cuda(const Tensor& scores, double alpha, bool authors_ties, bool packed) {
@@ -94,12 +115,44 @@ Tensor mass_mask_cuda(const Tensor& scores, double alpha, bool authors_ties, boo
   const OnDevice guard(scores);
   Tensor mask = new_mask(scores, packed);
   if (scores.numel() == 0) return mask;
-  const Index bad = select_rows_of(op, scores, scores.size(0), scores.size(1),
-                                   ByMass{alpha, authors_ties}, mask, packed);
+  const Index bad = select_scores(op, scores, ByMass{alpha, authors_ties}, mask);
   if (bad != kNoIndex) {
     refuse(op, "be finite and >= 0", bad, "a negative, NaN or infinite one");
   }
   return mask;
+}
+
+std::tuple<Tensor, Tensor> signal_mask_cuda(const Tensor& weight, const Tensor& activity,
+                                            const std::optional<Tensor>& bias, double alpha,
+                                            bool authors_ties, bool packed) {
+  const char* op = "signal_mask";
+  check_tensor(op, "weight", weight, weight.scalar_type(), {-1, -1}, weight);
+  const int64_t rows = weight.size(0), inputs = weight.size(1);
+  check_tensor(op, "activity", activity, ScalarType::Float, {inputs}, weight);
+  check_tensor(op, "bias", bias, weight.scalar_type(), {rows}, weight);
+  require(alpha >= 0 && alpha <= 1, op, "alpha must be in [0, 1], got ", alpha);
+  check_length(op, inputs + 1);
+  const OnDevice guard(weight);
+  Tensor mask = new_mask(weight, packed);
+  Tensor bias_mask = empty(weight, {bias ? rows : 0}, ScalarType::Bool);
+  const int columns = int(inputs) + (bias ? 1 : 0);
+  if (rows * columns == 0) return {mask, bias_mask};
+  const RowMask to{int(inputs), bytes_of(mask), words_of(mask),
+                   bias ? bytes_of(bias_mask) : nullptr, nullptr};
+  Index bad = kNoIndex;
+  with_type<float, Bf16, Half>(op, "weight", weight, [&](auto zero) {
+    using T = decltype(zero);
+    const bool aligned = inputs % kColumns == 0 && misalignment(activity) == 0 &&
+                         misalignment(weight) % (kColumns * sizeof(T)) == 0;
+    const Signals<T> source{typed<const T>(weight), typed<const float>(activity),
+                            typed<const T>(bias), int(inputs), columns, aligned};
+    bad = select_rows_of(source, rows, ByMass{alpha, authors_ties}, to, weight);
+  });
+  if (bad != kNoIndex) {
+    throw std::invalid_argument("signal_mask: |weight| * activity must be finite and >= 0, row " +
+                                std::to_string(bad) + " holds a negative, NaN or infinite one");
+  }
+  return {mask, bias_mask};
 }
 
 // Runs the selection over all scores; the first index of a NaN, or kNoIndex.
@@ -117,8 +170,7 @@ Index select_all(const Tensor& scores, int64_t k, const std::optional<Tensor>& s
   const FlatWork<Key> work{reinterpret_cast<FlatState<Key>*>(typed<int64_t>(state)),
                            reinterpret_cast<Index*>(typed<int64_t>(counts)),
                            reinterpret_cast<long long*>(typed<int64_t>(ties))};
-  const FlatMask to{packed ? nullptr : reinterpret_cast<uint8_t*>(typed<bool>(mask)),
-                    packed ? reinterpret_cast<uint32_t*>(typed<int32_t>(mask)) : nullptr};
+  const FlatMask to{bytes_of(mask), words_of(mask)};
   select_flat<Key>(from, k, work, to, launch);
   return read_first_bad(launch, &work.state->bad);
 }
@@ -140,8 +192,7 @@ Tensor top_k_mask_cuda(const Tensor& scores, int64_t k, bool per_row,
   // One block needs one launch instead of ten.
   const bool small = !wide && !sizes && rows == 1 && columns <= kSmallRow;
   if (per_row || small) {
-    const ByCount rule{k < columns ? k : columns};
-    bad = select_rows_of(op, scores, rows, columns, rule, mask, packed);
+    bad = select_scores(op, scores, ByCount{k < columns ? k : columns}, mask);
   } else {
     bad = wide ? select_all<double, uint64_t>(scores, k, sizes, mask, packed)
                : select_all<float, uint32_t>(scores, k, sizes, mask, packed);
@@ -156,5 +207,6 @@ Tensor top_k_mask_cuda(const Tensor& scores, int64_t k, bool per_row,
 
 LW_CUDA_LIBRARY(m) {
   m.impl("mass_mask", TORCH_BOX(&liveweight::cuda::mass_mask_cuda));
+  m.impl("signal_mask", TORCH_BOX(&liveweight::cuda::signal_mask_cuda));
   m.impl("top_k_mask", TORCH_BOX(&liveweight::cuda::top_k_mask_cuda));
 }

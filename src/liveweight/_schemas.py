@@ -27,6 +27,14 @@ SCHEMAS: dict[str, str] = {
         bool authors_ties,
         bool packed=False
     ) -> Tensor""",
+    "signal_mask": """(
+        Tensor weight,
+        Tensor activity,
+        Tensor? bias,
+        float alpha,
+        bool authors_ties,
+        bool packed
+    ) -> (Tensor, Tensor)""",
     "top_k_mask": """(
         Tensor scores,
         int k,

@@ -163,6 +163,61 @@ def test_top_k_mask_refuses_nan(kernels, dtype):
                 kernels.op("top_k_mask")(scores.to(kernels.device), 3, per_row, None, False)
 
 
+def check_signal(kernels, weight, activity, bias, alpha, authors=False, offset=0) -> None:
+    moved = [None if t is None else place(kernels, t, offset) for t in (weight, activity, bias)]
+    for packed in (False, True):
+        want = reference.signal_mask(weight, activity, bias, alpha, authors, packed)
+        got = kernels.op("signal_mask")(*moved, alpha, authors, packed)
+        for mine, other in zip(got, want, strict=True):
+            assert mine.dtype == other.dtype
+            assert torch.equal(mine.cpu(), other)
+
+
+def draw_layer(rows: int, inputs: int, dtype: torch.dtype, seed: int = 0):
+    """Return weight, activity and bias that are products of few bits, or any numbers in float32."""
+    generator = torch.Generator().manual_seed(rows * 31 + inputs + seed)
+    weight = torch.randn(rows, inputs, generator=generator).to(dtype)
+    activity = torch.rand(inputs, generator=generator)
+    return weight, activity, torch.randn(rows, generator=generator).to(dtype)
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_signal_mask_equals_the_reference(kernels, dtype):
+    for seed, (rows, inputs) in enumerate([(1, 1), (3, 31), (2, 64), (5, 200), (2, 1027), (3, 0)]):
+        weight, activity, bias = draw_layer(rows, inputs, dtype)
+        for offset in (0, 1):
+            for _ in kernels.orders(seed):
+                check_signal(kernels, weight, activity, bias, 0.9, offset == 1, offset)
+                check_signal(kernels, weight, activity, None, 0.5, offset == 0, offset)
+    weight, activity, bias = draw_layer(0, 5, dtype)
+    check_signal(kernels, weight, activity, bias, 0.9)
+
+
+def test_signal_mask_of_long_rows_and_every_alpha(kernels):
+    weight, activity, bias = draw_layer(1, 20000, torch.bfloat16)
+    check_signal(kernels, weight, activity, bias, 0.95)
+    weight, activity, bias = draw_layer(4, 96, torch.float16)
+    weight[1], bias[1], bias[2] = 0, 0, 1000
+    for alpha in ALPHAS:
+        for authors in TIES:
+            check_signal(kernels, weight, activity, bias, alpha, authors)
+
+
+def test_signal_mask_names_the_row_of_a_bad_product(kernels):
+    call, device = kernels.op("signal_mask"), kernels.device
+    for place_bad in ("weight", "bias", "activity"):
+        weight, activity, bias = draw_layer(6, 40, torch.float32)
+        if place_bad == "weight":
+            weight[3, 5] = float("inf")
+        elif place_bad == "bias":
+            bias[3] = float("nan")
+        else:
+            activity[2], weight[:3, 2] = -1.0, 0
+        with pytest.raises(ValueError, match="signal_mask: .weight. . activity must .*, row 3 "):
+            call(weight.to(device), activity.to(device), bias.to(device), 0.9, False, False)
+
+
 def test_select_launchers_refuse_what_they_cannot_take(kernels):
     mass, top = kernels.op("mass_mask"), kernels.op("top_k_mask")
     scores = torch.zeros(3, 4, device=kernels.device)
@@ -172,6 +227,11 @@ def test_select_launchers_refuse_what_they_cannot_take(kernels):
         mass(scores.t(), 0.5, False, False)
     with pytest.raises(RuntimeError, match=r"alpha must be in \[0, 1\], got 1.5"):
         mass(scores, 1.5, False, False)
+    signal, weight = kernels.op("signal_mask"), scores.half()
+    with pytest.raises(RuntimeError, match=r"activity must have shape \[4\], got \[3\]"):
+        signal(weight, scores[:, 0].contiguous(), None, 0.5, False, False)
+    with pytest.raises(RuntimeError, match="bias must be Half, got Float"):
+        signal(weight, scores[0], scores[:, 0].contiguous(), 0.5, False, False)
     with pytest.raises(RuntimeError, match="top_k_mask: k must be >= 0, got -1"):
         top(scores, -1, True, None, False)
     with pytest.raises(RuntimeError, match="sizes go with one k for all rows"):
@@ -182,13 +242,13 @@ def test_select_launchers_refuse_what_they_cannot_take(kernels):
 
 @pytest.mark.sanitized
 def test_select_touches_nothing_but_its_tensors(kernels):
-    for offset in (0, 1, 3):
-        for shape in [(1, 1), (3, 63), (2, 640), (3, 1001)]:
-            for _ in kernels.orders(offset):
-                check_mass(kernels, draw(shape, 9, offset), 0.7, False, offset)
-                check_mass(kernels, draw(shape, None, offset), 0.7, True, offset)
-                check_top(kernels, draw(shape, 9, offset), shape[1] // 2, True, None, offset)
-                check_top(kernels, draw(shape, 9, offset), shape[1] // 2, False, None, offset)
+    for offset, shape in enumerate([(1, 1), (3, 63), (2, 640), (3, 1001)]):
+        for _ in kernels.orders(offset):
+            check_mass(kernels, draw(shape, 9, offset), 0.7, False, offset)
+            check_mass(kernels, draw(shape, None, offset), 0.7, True, offset)
+            check_top(kernels, draw(shape, 9, offset), shape[1] // 2, True, None, offset)
+        check_top(kernels, draw(shape, 9, offset), shape[1] // 2, False, None, offset)
+    check_mass(kernels, draw((1, 20001), None, 1), 0.7, False, 1)
 
 
 def test_select_needs_every_barrier(kernels):

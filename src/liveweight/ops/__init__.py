@@ -11,6 +11,7 @@ from liveweight.ops.mass_mask import mass_mask
 from liveweight.ops.nm_linear import nm_linear
 from liveweight.ops.patch_gram import gram_norms_, patch_gram
 from liveweight.ops.semi_structured_delta_linear import semi_structured_delta_linear
+from liveweight.ops.signal_mask import signal_mask
 from liveweight.ops.top_k_mask import top_k_mask
 from liveweight.ops.unstructured_conv2d import unstructured_conv2d
 from liveweight.ops.unstructured_linear import unstructured_linear
@@ -28,9 +29,10 @@ __all__ = [
     "mass_mask",
     "new_activity_stats",
     "nm_linear",
-    "semi_structured_delta_linear",
     "pack_mask_bits",
     "patch_gram",
+    "semi_structured_delta_linear",
+    "signal_mask",
     "top_k_mask",
     "unpack_mask_bits",
     "unstructured_conv2d",

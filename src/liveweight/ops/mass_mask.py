@@ -8,7 +8,7 @@ from torch import Tensor
 from liveweight import _library, reference
 from liveweight._check import check_fraction, check_tensor
 
-_TIES = ("stable", "authors")
+TIES = ("stable", "authors")
 
 
 def mass_mask(
@@ -34,7 +34,7 @@ def mass_mask(
     """
     check_tensor("mass_mask", "scores", scores, dim=2, dtypes=(torch.float32,))
     alpha = check_fraction("mass_mask: alpha", alpha)
-    if ties not in _TIES:
+    if ties not in TIES:
         raise ValueError(f'mass_mask: ties must be "stable" or "authors", got {ties!r}')
     return _mass_mask(scores.detach().contiguous(), alpha, ties == "authors", packed)
 

@@ -35,7 +35,15 @@ from liveweight.reference.masked_linear import (
     unpack_mask_bits,
 )
 from liveweight.reference.patch_gram import gram_norms_, patch_gram
-from liveweight.reference.scores import activity_stats_, mass_mask, top_k_mask
+from liveweight.reference.scores import (
+    activity_stats_,
+    mass_mask,
+    refused_signals,
+    signal_mask,
+    signals,
+    split_signals,
+    top_k_mask,
+)
 from liveweight.reference.semi_structured import (
     semi_structured_linear,
     semi_structured_pack,
@@ -85,7 +93,11 @@ __all__ = [
     "mass_mask",
     "pack_mask_bits",
     "patch_gram",
+    "refused_signals",
     "scatter_kernels",
+    "signal_mask",
+    "signals",
+    "split_signals",
     "top_k_mask",
     "semi_structured_linear",
     "semi_structured_pack",

@@ -60,6 +60,44 @@ def _mass_mask(scores: Tensor, alpha: float, authors_ties: bool) -> Tensor:
     return torch.zeros_like(keep).scatter_(1, order, keep)
 
 
+def signal_mask(
+    weight: Tensor,
+    activity: Tensor,
+    bias: Tensor | None,
+    alpha: float,
+    authors_ties: bool,
+    packed: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return what mass_mask keeps of |weight| * activity [N, K], |bias| as one more entry of a row.
+
+    The products are float32. Returns the mask of weight, bool [N, K] or its bits where packed, and
+    that of bias, bool [N], or [0] without one.
+    """
+    try:
+        keep = mass_mask(signals(weight, activity, bias), alpha, authors_ties)
+    except ValueError as error:
+        raise ValueError(refused_signals(error)) from None
+    return split_signals(keep, weight.shape[1], packed)
+
+
+def signals(weight: Tensor, activity: Tensor, bias: Tensor | None) -> Tensor:
+    """Return |weight| * activity, with |bias| as the last column, float32 [N, K or K + 1]."""
+    scores = weight.float().abs() * activity
+    return scores if bias is None else torch.cat([scores, bias.float().abs()[:, None]], 1)
+
+
+def refused_signals(error: ValueError) -> str:
+    """Return what mass_mask says against a score as signal_mask says it."""
+    return str(error).replace("mass_mask: scores", "signal_mask: |weight| * activity")
+
+
+def split_signals(keep: Tensor, inputs: int, packed: bool) -> tuple[Tensor, Tensor]:
+    """Return the masks of weight and bias from that of `signals`."""
+    mask, of_bias = keep[:, :inputs].contiguous(), keep[:, inputs:]
+    of_bias = of_bias.flatten() if keep.shape[1] > inputs else keep.new_zeros(0)
+    return (pack_mask_bits(mask) if packed else mask), of_bias.contiguous()
+
+
 def top_k_mask(scores: Tensor, k: int, per_row: bool, sizes: Tensor | None, packed: bool) -> Tensor:
     """Keep the largest of scores [R, n], equal ones by lower index: k per row, or of all together.
 
