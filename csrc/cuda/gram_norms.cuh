@@ -12,7 +12,8 @@
 // takes 9 FMA per output pixel instead of 45 per map. Three 16-byte loads from shared memory feed
 // 32 FMA. One square root per 45 FMA is 1/8 of what the multi-function units can do.
 //
-// Precision: the forms are fp32 sums of E terms >= 0; at most 4 norms are added in float.
+// Precision: the forms are fp32 sums of terms >= 0, of 48 at a time and then of those sums; at most
+// 4 norms are added in float.
 #pragma once
 
 #include <cstdint>
@@ -132,8 +133,9 @@ __device__ inline void add_step(const float (*products)[kRow], const float (*til
 }
 
 // Grid (channels * tiles of filters, parts). `out` [parts, filters of all groups, per_group]; with
-// `add` (one part) the sums are added to what it holds.
-static __global__ void __launch_bounds__(kNormThreads, 4)
+// `add` (one part) the sums are added to what it holds. kSteps: the triangle takes several steps.
+template <bool kSteps>
+__global__ void __launch_bounds__(kNormThreads, kSteps ? 3 : 4)
     sum_norms(const float* gram, const float* weight, NormShape s, NormPlan plan, bool add,
               double* out) {
   LW_DYNAMIC_SHARED(memory);
@@ -162,7 +164,7 @@ static __global__ void __launch_bounds__(kNormThreads, 4)
     float forms[kOwnFilters][kOwnSamples] = {};
     for (int64_t first = 0; first < s.entries; first += kTileEntries) {
       // The products of a single step stay for all samples.
-      const bool fill = n == begin || s.entries > kTileEntries;
+      const bool fill = n == begin || kSteps;
       __syncthreads();
       if (fill) find_pairs(first, s, pairs);
       fill_gram(gram + channel * s.entries, first, n, end, s, tile);
@@ -172,7 +174,17 @@ static __global__ void __launch_bounds__(kNormThreads, 4)
         __syncthreads();
       }
       // A warp has 16 samples: where there are fewer the others do nothing.
-      if (n + sample / 16 * 16 < end) add_step(products, tile, filter, sample, forms);
+      if (n + sample / 16 * 16 >= end) continue;
+      if constexpr (kSteps) {
+        float step[kOwnFilters][kOwnSamples] = {};
+        add_step(products, tile, filter, sample, step);
+#pragma unroll
+        for (int i = 0; i < kOwnFilters * kOwnSamples; ++i) {
+          forms[i / kOwnSamples][i % kOwnSamples] += step[i / kOwnSamples][i % kOwnSamples];
+        }
+      } else {
+        add_step(products, tile, filter, sample, forms);
+      }
     }
 #pragma unroll
     for (int o = 0; o < kOwnFilters; ++o) {
@@ -220,8 +232,9 @@ inline void gram_norms(const float* gram, const float* weight, const NormShape& 
                        const NormPlan& plan, double* partials, double* sums,
                        const Launch& launch) {
   const bool split = plan.parts > 1;
-  launch(sum_norms, Shape{grid(s.channels * plan.tiles, plan.parts), kNormThreads, plan.shared},
-         gram, weight, s, plan, !split, split ? partials : sums);
+  const Shape shape{grid(s.channels * plan.tiles, plan.parts), kNormThreads, plan.shared};
+  launch(s.entries > kTileEntries ? sum_norms<true> : sum_norms<false>, shape, gram, weight, s,
+         plan, !split, split ? partials : sums);
   if (!split) return;
   const int64_t count = s.channels * s.filters;
   launch(add_norms, Shape{grid((count + kAddThreads - 1) / kAddThreads), kAddThreads}, partials,

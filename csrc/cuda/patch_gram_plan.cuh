@@ -9,7 +9,7 @@ namespace liveweight::cuda::gram {
 constexpr int kMaps = 32;          // maps of a block: one per lane
 constexpr int kPitch = kMaps + 1;  // floats from pixel to pixel in shared memory: no bank conflicts
 constexpr int kGramWarps = 4;
-constexpr int kStageBytes = 48 << 10;  // four blocks on a multiprocessor of 227 KB
+constexpr int kStageBytes = 39 << 10;  // four blocks on a multiprocessor of 164 KB
 constexpr int kGramBlocks = 4 * 132;
 constexpr int kMostTaps = 128;
 constexpr int kTriangle = 9;   // taps up to which a thread holds the whole triangle in registers

@@ -78,6 +78,15 @@ def test_gram_norms_read_nothing_but_their_input(kernels, case):
     assert_close(run(kernels, *tensors), expected(*tensors))
 
 
+@pytest.mark.parametrize("taps", [9, 49, 121])
+def test_gram_norms_do_not_drift(kernels, taps):
+    # Equal terms round alike, so that errors add up where they can.
+    for value in (0.1, 0.7):
+        gram = torch.full((2, 1, taps * (taps + 1) // 2), value)
+        tensors = torch.zeros(1, 1, dtype=torch.float64), gram, torch.full((1, 1, taps), 0.9)
+        assert_close(run(kernels, *tensors), expected(*tensors))
+
+
 def test_gram_norms_need_every_barrier(kernels):
     cases = [Case(130, 1, 3, 25), Case(2, 1, 3, 9)]
     tensors = [case.tensors() for case in cases]

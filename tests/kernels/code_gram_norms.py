@@ -5,7 +5,8 @@ from __future__ import annotations
 from cuda_code import Expected
 
 EXPECTED = [
-    # 3x3 kernels; the taps of larger ones take more shared memory.
-    Expected(kernel="sum_norms", must=("FFMA", "LDS.128", "MUFU"), blocks=4, shared=28416),
+    # 3x3 kernels in one step, 11x11 kernels in many.
+    Expected(kernel="sum_norms<false>", must=("FFMA", "LDS.128", "MUFU"), blocks=4, shared=28416),
+    Expected(kernel="sum_norms<true>", must=("FFMA", "LDS.128", "MUFU"), blocks=2, shared=57088),
     Expected(kernel="add_norms", must_not=("ATOM", "RED"), blocks=4),
 ]

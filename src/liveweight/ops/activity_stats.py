@@ -55,6 +55,16 @@ def _by_map(x: Tensor) -> tuple[Tensor, int]:
 _VIEWS = {"feature": _by_feature, "channel": _by_channel, "map": _by_map}
 
 
+def add_activity(stats: Tensor, x: Tensor, per: str, eps: float) -> None:
+    """Do what activity_stats_ does without its checks: observers call it for every batch.
+
+    stats [4, F] of x's device, as new_activity_stats made it; x [..., F] and so on of a dtype that
+    activity_stats_ takes, without gradient. The compiled kernels still guard their memory.
+    """
+    view, channels = _VIEWS[per](x)  # [N, F, P]
+    _activity_stats(stats, view.contiguous(), eps, channels)
+
+
 def activity_stats_(stats: Tensor, x: Tensor, *, per: str = "feature", eps: float = 0.0) -> Tensor:
     """Add the activity of one batch to running statistics, in one read of x.
 

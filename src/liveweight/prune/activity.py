@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from liveweight.ops.activity_stats import activity_stats_, new_activity_stats
+from liveweight.ops.activity_stats import add_activity, new_activity_stats
 from liveweight.prune import batches
 
 _STATS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -115,7 +115,7 @@ class Activity(Counted):
         if self._stats is None:
             self._stats = new_activity_stats(torch.Size(shape).numel(), device=x.device)
         x = x.detach() if x.dtype in _STATS_DTYPES else x.detach().float()
-        activity_stats_(self._stats, x, per=self._per)
+        add_activity(self._stats, x, self._per, 0.0)
         self._count(rows)
 
     def reset(self) -> None:
@@ -190,6 +190,8 @@ class Watch:
 
 
 def _first_tensor(args: tuple, kwargs: dict) -> Tensor | None:
+    if args and isinstance(args[0], Tensor):
+        return args[0]
     values = [*args, *kwargs.values()]
     return next((v for v in values if isinstance(v, Tensor)), None)
 
