@@ -269,3 +269,19 @@ def test_vectors_are_loaded_and_widened(kernels, dtype):
     assert torch.equal(got[0], x.float())
     if dtype != torch.float32:
         assert torch.equal(got[1], x.float())
+
+
+@pytest.mark.sanitized
+def test_every_load_brings_what_is_there(kernels):
+    x = torch.randint(-(2**31), 2**31, (300,), dtype=torch.int64).int()
+    for _ in kernels.orders():
+        for way, got in enumerate(kernels.probe("loads")(x.to(kernels.device)).cpu()):
+            assert torch.equal(got, x), f"way {way}"
+
+
+def test_square_roots_are_right_to_two_units_in_the_last_place(kernels):
+    x = torch.cat([torch.rand(1000) * 2.0 ** torch.randint(-120, 120, (1000,)), torch.zeros(1)])
+    got = kernels.probe("roots")(x.to(kernels.device)).cpu()
+    torch.testing.assert_close(got.double(), x.double().sqrt(), rtol=2.0**-22, atol=0)
+    bad = kernels.probe("roots")(torch.tensor([-1.0, float("nan")], device=kernels.device))
+    assert bad.isnan().all()
