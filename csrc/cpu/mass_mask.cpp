@@ -138,7 +138,8 @@ LW_INLINE int64_t collect(const Buckets& buckets, int bucket, int64_t n, Read re
 // program compares sums in float32, and where a sum all but equals the limit this decides.
 LW_INLINE double authors_target(double alpha, double total) {
   const float limit = float(alpha) * float(total);
-  if (limit == 0) return 0;
+  if (!(limit > 0)) return 0;                      // NaN too, 0 * inf: no sum is below it
+  if (limit > __FLT_MAX__) return 0x1.ffffffp127;  // where rounding to float gives inf
   const double middle = 0.5 * (double(bits_to_float(float_to_bits(limit) - 1)) + double(limit));
   if (float(middle) >= limit) return middle;
   uint64_t pattern;

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -86,6 +89,9 @@ def test_mass_mask_adds_offsets_beyond_32_bits(kernels):
 def test_mass_mask_of_very_small_large_and_negative_zero_scores(kernels):
     for scale in (1e-45, 1e-40, 1e38):
         check_mass(kernels, torch.tensor([[3.0, 1.0, 2.0]]) * scale, 0.5, False)
+    for row in ([3e38] * 4 + [1e38, 2e38], [3e38, 2e38, 1e38, 1.0], [3.4028234e38, 1e31, 1.0]):
+        for alpha in (0.0, 0.2, 0.9, 1.0):
+            check_mass(kernels, torch.tensor([row]), alpha, True)
     zeros = torch.tensor([[-0.0, 1.0, 0.0], [-0.0, -0.0, -0.0]])
     for alpha in (0.5, 1.0):
         for authors in TIES:
@@ -281,3 +287,28 @@ def test_selection_runs_in_a_cuda_graph(gpu):
         got = [run() for run in runs]
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+BAD_REPLAY = """
+import torch, liveweight
+scores = torch.rand(8, 100, device="cuda")
+torch.ops.liveweight.mass_mask(scores, 0.9, False, False)
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    torch.ops.liveweight.mass_mask(scores, 0.9, False, False)
+graph.replay()
+torch.cuda.synchronize()
+print("good scores passed")
+scores[3, 5] = -1.0
+graph.replay()
+torch.cuda.synchronize()
+print("bad scores passed")
+"""
+
+
+@pytest.mark.gpu
+def test_a_captured_selection_stops_at_bad_scores(gpu):
+    # A process of its own: the device-side assertion ends its use of the GPU.
+    done = subprocess.run([sys.executable, "-c", BAD_REPLAY], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["good scores passed"]
+    assert "device-side assert" in done.stderr

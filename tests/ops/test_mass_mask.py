@@ -128,6 +128,14 @@ def test_subnormal_and_huge_scores():
         assert mass_mask(scores, 0.5).tolist() == [[True, False, False]]
 
 
+def test_sums_beyond_float32_reach_infinity_in_the_authors_program():
+    for row in ([3e38] * 4 + [1e38, 2e38], [3e38, 2e38, 1e38, 1.0], [3.4028234e38, 1e31, 1.0]):
+        scores = torch.tensor([row])
+        for alpha in (0.0, 0.2, 0.9, 1.0):
+            want = reference.mass_mask(scores, alpha, True)
+            assert torch.equal(mass_mask(scores, alpha, ties="authors"), want)
+
+
 @pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("row", [0, 63])
 def test_bad_scores_name_the_row(bad, row):
