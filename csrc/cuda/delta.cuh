@@ -34,6 +34,7 @@ struct DeltaWeight {
   int lanes;                // streams per row, a power of two
   int part, parts;
   int head;                 // groups: 0 or 4
+  int classes;              // of columns, 1 or 8: what a delta of 1 is
   int slices;               // of one part
 };
 

@@ -28,7 +28,7 @@ __device__ inline void for_each_entry(const DeltaWeight& w, Walk& walk, Chunk<kB
       if (g >= walk.now) break;
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
-        column += int(chunk.template delta<0>(g * kGroup + j));
+        column += int(chunk.template delta<0>(g * kGroup + j)) * w.classes;
         put(first + g, j, entry_bits(chunk.values[g], j), column);
       }
     }

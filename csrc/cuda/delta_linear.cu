@@ -18,8 +18,8 @@ struct Parts {
 
 // The weight, its sizes checked; what the indices say is formats/delta.py's to vouch for.
 DeltaWeight check_weight(const char* op, const Parts& parts) {
-  require(parts.shape.size() == 2 && parts.layout.size() == 4, op,
-          "expected shape [N, K] and layout [bits, lanes, part, head]");
+  require(parts.shape.size() == 2 && parts.layout.size() == 5, op,
+          "expected shape [N, K] and layout [bits, lanes, part, head, classes]");
   DeltaWeight w{};
   w.rows = parts.shape[0];
   w.columns = parts.shape[1];
@@ -34,6 +34,8 @@ DeltaWeight check_weight(const char* op, const Parts& parts) {
           "part must be a multiple of 8 from 8 to 32768, got ", part);
   require(parts.layout[3] == 0 || parts.layout[3] == kChunkGroups, op, "head must be 0 or 4, got ",
           parts.layout[3]);
+  require(parts.layout[4] == 1 || (parts.layout[4] == 8 && lanes >= 8), op,
+          "classes must be 1, or 8 with 8 lanes or more, got ", parts.layout[4], " with ", lanes);
   const int64_t count = w.columns ? div_up(w.columns, part) : 1;
   const int64_t slices = div_up(w.rows * lanes, kLaneCount);
   require(count <= 65535 && slices * count < int64_t(1) << 31, op, "too many slices: ", slices,
@@ -49,6 +51,7 @@ DeltaWeight check_weight(const char* op, const Parts& parts) {
   w.part = int(part);
   w.parts = int(count);
   w.head = int(parts.layout[3]);
+  w.classes = int(parts.layout[4]);
   w.slices = int(slices);
   w.values = static_cast<const uint16_t*>(address(parts.values));
   w.deltas = static_cast<const uint32_t*>(address(parts.deltas));
@@ -89,12 +92,13 @@ Tensor expand(const DeltaWeight& w, int bits, const Tensor& values, const Launch
 }
 
 // Whether passes over the weight take less time than writing W, reading it and multiplying. A pass
-// of 8 tokens is held up by shared memory, 2.9 kept weights a clock: 6.4 bytes of memory traffic
-// each. Up to 8 tokens there is one pass.
+// of 8 tokens handles 2.9 entries a clock, 6.1 where columns have classes (delta_linear.cuh): the
+// time of 6.4 or 3.1 bytes of memory traffic each. Up to 8 tokens there is one pass.
 bool passes_pay(const DeltaWeight& w, int64_t tokens, int64_t entries) {
   const double dense = 4.0 * double(w.rows) * double(w.columns) + 2.7 * double(entries);
   return tokens <= kWholePasses ||
-         double(div_up(tokens, kWholePasses)) * 6.4 * double(entries) <= dense;
+         double(div_up(tokens, kWholePasses)) * (w.classes > 1 ? 3.1 : 6.4) * double(entries) <=
+             dense;
 }
 
 Tensor delta_linear_cuda(const Tensor& x, const Tensor& values, const Tensor& deltas,

@@ -1,19 +1,25 @@
 // y = act(x W^T + bias) for 1 to 8 tokens at once, W in the Delta format (see delta.cuh).
 //
 // The weight is read once: a kept weight takes 2.7 bytes at 90 % sparsity (16 bits, 5 for its delta,
-// fillers), so an H200 (4.3 TB/s, 132 multiprocessors at 1.75 GHz) brings 6.9 of them each clock to a
-// multiprocessor. Floors per kept weight, one token:
-//   memory        1 / 6.9 clocks
-//   shared memory 32 random columns hit the fullest of 32 banks 3.5 times: 1 / 9.1 clocks, 1 / 7.6
-//                 with the loads of the weight, which take the same way; 4 tokens 1 / 4.7, 8 tokens
-//                 1 / 2.9 (16 bytes each, 8 lanes at a time)
-//   instructions  128 / 6.9 = 18 keep up with memory; the main loop has 7.3 (sm_90a, one token:
-//                 delta 2, gather 1, two conversions, one product, loads and loop 1.3)
+// fillers), so an H200 (4.3 TB/s, 132 multiprocessors at 1.75 GHz) brings 6.9 of them each clock to
+// a multiprocessor. Floors, counted for random columns; none is measured:
+//
+//   tokens  instructions  wavefronts of shared memory   entries a clock: instructions, shared memory
+//   1       7.0           3.4 for 32 gathers            18    8.0
+//   2       8.8           3.5                           14.5  7.8
+//   4       13.1          6.1, with classes 4.0         9.8   4.7, with classes 6.9
+//   8       21.1          10.4, with classes 4.0        6.1   2.9, with classes 6.9
+//
+// (128 instructions of threads a clock; loads of the weight take 21 wavefronts for 1024 entries, on
+// the way of the gathers.) Streams that keep to a class of columns meet no bank twice when 8 lanes
+// gather 16 bytes each, but hold 10 to 15 % more fillers. So one token is bound by memory, 8 tokens
+// take twice as long without classes and a quarter more with them. Fillers are 4 % at 90 %.
 // A lane adds up its own stream, one column after the other, so nothing is scanned or shuffled
 // before the row's end. At most 16 warps share one copy of x; each has 2 to 3 KB under way, and the
 // first 2.6 KB since before x is staged.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 #include "activation.cuh"
@@ -110,10 +116,11 @@ __device__ inline void gather(SharedAddress at, float (&out)[kTokens]) {
 
 // Adds the products of group g. `at` is where the last entry's column stands in shared memory.
 // With kGuard, fillers are left out: 0 * infinity would reach a row that has no weight there.
-template <typename T, int kTokens, bool kGuard, int kBits>
+template <typename T, int kTokens, int kClasses, bool kGuard, int kBits>
 __device__ inline void add_group(const Chunk<kBits>& chunk, int g, SharedAddress& at,
                                  float (&sum)[kTokens]) {
-  constexpr int kScale = kTokens == 1 ? 1 : kTokens == 2 ? 2 : kTokens == 4 ? 3 : 4;
+  // The bytes of a delta of 1, as a power of two.
+  constexpr int kScale = std::bit_width(unsigned(2 * kTokens * kClasses)) - 1;
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) {
     at += chunk.template delta<kScale>(g * kGroup + j);
@@ -128,19 +135,20 @@ __device__ inline void add_group(const Chunk<kBits>& chunk, int g, SharedAddress
 }
 
 // Adds the products of the chunk and loads the next one in its place.
-template <typename T, int kTokens, bool kGuard, int kBits>
+template <typename T, int kTokens, int kClasses, bool kGuard, int kBits>
 __device__ inline void add_chunk(Chunk<kBits>& chunk, Walk& walk, SharedAddress& at,
                                  float (&sum)[kTokens]) {
-  if (walk.now >= kChunkGroups) {
+  if (kGuard || walk.now < kChunkGroups) {  // a rare path, or a stream's end
 #pragma unroll
-    for (int g = 0; g < kChunkGroups; ++g) {
-      add_group<T, kTokens, kGuard>(chunk, g, at, sum);
-      chunk.load(walk, g);
+    for (int g = 0; g < (kGuard ? kChunkGroups : kChunkGroups - 1); ++g) {
+      if (g < walk.now) add_group<T, kTokens, kClasses, kGuard>(chunk, g, at, sum);
     }
+    if (kGuard) return chunk.load(walk);
   } else {
 #pragma unroll
-    for (int g = 0; g < kChunkGroups - 1; ++g) {
-      if (g < walk.now) add_group<T, kTokens, kGuard>(chunk, g, at, sum);
+    for (int g = 0; g < kChunkGroups; ++g) {
+      add_group<T, kTokens, kClasses, kGuard>(chunk, g, at, sum);
+      chunk.load(walk, g);
     }
   }
   chunk.step(walk);
@@ -156,20 +164,21 @@ __device__ inline void finish_row(const DeltaCall<T>& call, int row, float bias,
     for (int t = 0; t < kTokens; ++t) sum[t] += shfl_xor(sum[t], distance);
   }
   if (row < 0) return;
+  for (int t = lane % w.lanes; t < kTokens && token + t < call.tokens; t += w.lanes) {
+    float total = 0;
 #pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    if (lane % w.lanes != t % w.lanes || token + t >= call.tokens) continue;
+    for (int i = 0; i < kTokens; ++i) total = i == t ? sum[i] : total;
     const int64_t place = (token + t) * w.rows + row;
     if (w.parts > 1) {
-      call.partial[blockIdx.z * call.tokens * w.rows + place] = sum[t];
+      call.partial[blockIdx.z * call.tokens * w.rows + place] = total;
     } else {
-      call.y[place] = from_float<T>(activate(sum[t] + bias, call.activation));
+      call.y[place] = from_float<T>(activate(total + bias, call.activation));
     }
   }
 }
 
 // The slices of a warp, one after the other; the first chunk was loaded before x was staged.
-template <typename T, int kTokens, bool kGuard, int kBits>
+template <typename T, int kTokens, int kClasses, bool kGuard, int kBits>
 __device__ inline void run_slices(const DeltaCall<T>& call, int slice, int step, int end,
                                   int64_t token, Walk& walk, Chunk<kBits>& chunk,
                                   SharedAddress staged) {
@@ -180,7 +189,7 @@ __device__ inline void run_slices(const DeltaCall<T>& call, int slice, int step,
     const int row = walk.row;
     const float bias = call.bias && row >= 0 ? to_float(call.bias[row]) : 0.f;
     float sum[kTokens] = {};
-    while (walk.now > 0) add_chunk<T, kTokens, kGuard>(chunk, walk, at, sum);
+    while (walk.now > 0) add_chunk<T, kTokens, kClasses, kGuard>(chunk, walk, at, sum);
     slice += step;
     walk.open(call.weight, slice, end, lane, chunk);
     finish_row(call, row, bias, token, lane, sum);
@@ -189,7 +198,7 @@ __device__ inline void run_slices(const DeltaCall<T>& call, int slice, int step,
 
 // Grid (blocks, ceil(tokens / kTokens), parts); slices go round the blocks, then round the warps of
 // a block: the longest come first, so every multiprocessor gets its share of them.
-template <typename T, int kBits, int kTokens>
+template <typename T, int kBits, int kTokens, int kClasses>
 __global__ void __launch_bounds__(kDeltaWarps* kLaneCount, 1)
     delta_linear_rows(DeltaCall<T> call) {
   LW_DYNAMIC_SHARED(staged);
@@ -216,9 +225,9 @@ __global__ void __launch_bounds__(kDeltaWarps* kLaneCount, 1)
   __syncthreads();
   const SharedAddress x = shared_address(staged);
   if (special) {
-    run_slices<T, kTokens, true>(call, slice, step, end, token, walk, chunk, x);
+    run_slices<T, kTokens, kClasses, true>(call, slice, step, end, token, walk, chunk, x);
   } else {
-    run_slices<T, kTokens, false>(call, slice, step, end, token, walk, chunk, x);
+    run_slices<T, kTokens, kClasses, false>(call, slice, step, end, token, walk, chunk, x);
   }
 }
 
@@ -244,20 +253,22 @@ inline int staged_bytes(const DeltaWeight& w, int tokens) {
 }
 
 // Tokens that one pass over the weight takes: all of them up to 8, if x then fits into `shared`
-// bytes. One token always does: a part has at most 32768 columns.
+// bytes. One token always does: a part has at most 32768 columns. Where columns have classes there
+// is no pass of two.
 inline int tokens_per_pass(const DeltaWeight& w, int64_t tokens, int shared) {
   int most = 8;
   while (most > 1 && (most / 2 >= tokens || staged_bytes(w, most) > shared)) most /= 2;
+  if (most == 2 && w.classes > 1) most = staged_bytes(w, 4) <= shared ? 4 : 1;
   return most;
 }
 
-template <typename T, int kBits, int kTokens>
+template <typename T, int kBits, int kTokens, int kClasses>
 void launch_delta_linear(const DeltaCall<T>& call, const Launch& launch) {
   const DeltaWeight& w = call.weight;
   const int64_t blocks = w.slices < kMultiprocessors ? w.slices : kMultiprocessors;
   const int64_t warps = div_up(w.slices, blocks);
   const int threads = int(warps < kDeltaWarps ? warps : kDeltaWarps) * kLaneCount;
-  launch(delta_linear_rows<T, kBits, kTokens>,
+  launch(delta_linear_rows<T, kBits, kTokens, kClasses>,
          Shape{grid(blocks, div_up(call.tokens, kTokens), w.parts), threads,
                staged_bytes(w, kTokens)},
          call);
@@ -265,10 +276,15 @@ void launch_delta_linear(const DeltaCall<T>& call, const Launch& launch) {
 
 template <typename T, int kBits>
 void launch_delta_linear(const DeltaCall<T>& call, int tokens, const Launch& launch) {
-  if (tokens == 1) return launch_delta_linear<T, kBits, 1>(call, launch);
-  if (tokens == 2) return launch_delta_linear<T, kBits, 2>(call, launch);
-  if (tokens == 4) return launch_delta_linear<T, kBits, 4>(call, launch);
-  return launch_delta_linear<T, kBits, 8>(call, launch);
+  if (call.weight.classes > 1) {
+    if (tokens == 1) return launch_delta_linear<T, kBits, 1, 8>(call, launch);
+    if (tokens == 4) return launch_delta_linear<T, kBits, 4, 8>(call, launch);
+    return launch_delta_linear<T, kBits, 8, 8>(call, launch);
+  }
+  if (tokens == 1) return launch_delta_linear<T, kBits, 1, 1>(call, launch);
+  if (tokens == 2) return launch_delta_linear<T, kBits, 2, 1>(call, launch);
+  if (tokens == 4) return launch_delta_linear<T, kBits, 4, 1>(call, launch);
+  return launch_delta_linear<T, kBits, 8, 1>(call, launch);
 }
 
 // All tokens, in passes of at most 8; at least one token and one row.

@@ -106,7 +106,7 @@ SCHEMAS: dict[str, str] = {
         Tensor order,
         Tensor offsets,
         int[2] shape,
-        int[4] layout,
+        int[5] layout,
         Tensor? bias,
         int activation
     ) -> Tensor""",
@@ -119,7 +119,7 @@ SCHEMAS: dict[str, str] = {
         Tensor order,
         Tensor offsets,
         int[2] shape,
-        int[4] layout
+        int[5] layout
     ) -> Tensor""",
     "delta_to_dense": """(
         Tensor values,
@@ -128,7 +128,7 @@ SCHEMAS: dict[str, str] = {
         Tensor order,
         Tensor offsets,
         int[2] shape,
-        int[4] layout
+        int[5] layout
     ) -> Tensor""",
     "block_linear": """(
         Tensor x,

@@ -25,6 +25,7 @@ class Case:
     lanes: int | None = None
     part: int | None = None
     head: int | None = None
+    tokens: int = 1
 
     def weight(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, Delta]:
         generator = torch.Generator().manual_seed(self.N * 31 + self.K)
@@ -32,7 +33,7 @@ class Case:
         kept = torch.rand(size, generator=generator) < self.density
         dense = (torch.randn(size, generator=generator) * kept).to(dtype).to(device)
         layout = {"bits": self.bits, "lanes": self.lanes, "part": self.part, "head": self.head}
-        return dense, Delta.from_dense(dense, **layout)
+        return dense, Delta.from_dense(dense, tokens=self.tokens, **layout)
 
 
 def index_of(packed: Delta) -> tuple:
@@ -76,6 +77,9 @@ RAGGED = [
     Case(21, 500, 0.2, bits=4, lanes=1, head=4),
     Case(70, 96, 0.1, bits=8, lanes=1, head=4),
     Case(7, 1300, 0.1, bits=6, lanes=8, part=640, head=4),
+    Case(33, 700, 0.1, bits=5, lanes=8, tokens=8),
+    Case(5, 301, 0.3, bits=4, lanes=32, tokens=8),
+    Case(70, 1301, 0.2, bits=8, lanes=16, part=648, head=4, tokens=4),
 ]
 
 
@@ -246,12 +250,13 @@ def test_launcher_refuses_what_it_cannot_take(kernels):
     refused("x must be BFloat16 or Half, got Float", x=x.float(), values=values.float())
     refused(r"bias must have shape \[6\], got \[5\]", bias=x[0, :5].contiguous())
     refused("activation must be 0, 1, 2 or 3, got 4", activation=4)
-    refused("bits must be 4, 5, 6 or 8, got 7", index=(*index[:5], (7, 1, 40, 0)))
-    refused("lanes must be a power of two up to 32, got 3", index=(*index[:5], (4, 3, 40, 0)))
+    refused("bits must be 4, 5, 6 or 8, got 7", index=(*index[:5], (7, 1, 40, 0, 1)))
+    refused("lanes must be a power of two up to 32, got 3", index=(*index[:5], (4, 3, 40, 0, 1)))
     refused(
-        "part must be a multiple of 8 from 8 to 32768, got 12", index=(*index[:5], (4, 1, 12, 0))
+        "part must be a multiple of 8 from 8 to 32768, got 12", index=(*index[:5], (4, 1, 12, 0, 1))
     )
-    refused("head must be 0 or 4, got 1", index=(*index[:5], (4, 1, 40, 1)))
+    refused("head must be 0 or 4, got 1", index=(*index[:5], (4, 1, 40, 1, 1)))
+    refused("classes must be 1, or 8", index=(*index[:5], (4, 4, 40, 0, 8)))
     refused("starts must be Short, got Int", index=(index[0], index[1].int(), *index[2:]))
     refused("order must have shape", index=(*index[:2], index[2][:, :1].contiguous(), *index[3:]))
     moved = torch.cat((values[:1], values))[1:]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from liveweight.formats import Delta
+from liveweight.formats import Delta, delta_layout
 from liveweight.formats.delta import is_filler
 
 SPECIAL = torch.tensor([1.5, -2.0, 1e-40, float("inf"), 0.25, -3.0])
@@ -31,6 +31,8 @@ def cases(draw):
         "part": draw(st.sampled_from([None, 8, 64, 32768])),
         "head": draw(st.sampled_from([None, 0, 4])),
     }
+    if given_layout["lanes"] in (None, 8, 32) and draw(st.booleans()):
+        given_layout["tokens"] = 8
     return weight, given_layout
 
 
@@ -42,7 +44,9 @@ def test_round_trip(case, dtype):
     assert torch.equal(packed.to_dense(), weight)  # -0.0 == 0.0
     kept = int((weight != 0).sum())
     assert packed.density == (kept / weight.numel() if weight.numel() else 0.0)
-    assert all(v is None or v in packed.layout for v in layout.values())
+    for at, key in enumerate(("bits", "lanes", "part", "head")):
+        assert layout[key] in (None, packed.layout[at])
+    assert packed.layout[4] == (8 if "tokens" in layout else 1)
 
 
 @given(cases())
@@ -93,6 +97,16 @@ def test_bytes_of_a_kept_weight_at_ninety_percent():
     assert Delta.from_dense(weight, lanes=4).nbytes / kept < 2.85
 
 
+def test_streams_of_classes_keep_to_them():
+    packed = Delta.from_dense((torch.rand(64, 999) < 0.2).bfloat16(), tokens=4, lanes=16).validate()
+    layout = delta_layout.Layout(*packed.shape, *packed.layout)
+    index = (packed.deltas, packed.starts, packed.order, packed.offsets)
+    column = delta_layout.unpack(*index, layout)[1]
+    kept = ~is_filler(packed.values)
+    lane = torch.arange(column.numel()) // 8 % 32
+    assert torch.equal(column[kept] % 8, lane[kept] % 8)
+
+
 def test_packing_refuses_what_it_does_not_know():
     weight = torch.ones(2, 3)
     for message, arguments in [
@@ -100,6 +114,7 @@ def test_packing_refuses_what_it_does_not_know():
         ("lanes must be a power of two", {"lanes": 3}),
         ("part must be a multiple of 8", {"part": 12}),
         ("head must be 0 or 4", {"head": 2}),
+        ("8 classes need as many lanes or more, got 4", {"lanes": 4, "tokens": 3}),
         ("part must be a multiple of 8", {"part": 65536}),
         ("mask must have shape", {"mask": torch.ones(3, 2) > 0}),
     ]:
@@ -123,7 +138,11 @@ def broken(packed: Delta):
     more[-1, 1] += 1
     words = torch.cat((packed.deltas, packed.deltas[:32]))
     yield r"shape must be \(N, K\)", ValueError, change(packed, shape=(3,))
-    yield r"layout must be \(bits, lanes, part, head\)", ValueError, change(packed, layout=(4, 1))
+    yield (
+        r"layout must be \(bits, lanes, part, head, classes\)",
+        ValueError,
+        change(packed, layout=(4, 1)),
+    )
     yield "deltas must be int32, got int64", TypeError, change(packed, deltas=packed.deltas.long())
     yield (
         r"starts must be \[1, 32\], got \[1, 31\]",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from liveweight.formats import delta_layout, pattern
-from liveweight.formats.delta_layout import BITS, HEAD, LANES, MOST_PART, Layout
+from liveweight.formats.delta_layout import BITS, CLASSES, HEAD, LANES, MOST_PART, Layout
 
 _OWNER = "Delta"
 
@@ -21,9 +21,9 @@ class Delta(pattern.PackedWeight):
     For kernels that read a weight once for few samples, where more than about three quarters of it
     are removed. Every row is cut into `lanes` streams of equal length, and 32 streams side by side
     are a slice, what the threads of a warp read. Rows stand by falling length, so that those of a
-    slice are alike. An entry's column is its stream's start plus all deltas up to its own; a gap
-    that a delta cannot say is bridged by fillers. Fillers, and what fills the end of a stream, have
-    the value -0.0; a kept -0.0 is stored as 0.0.
+    slice are alike. An entry's column is its stream's start plus all deltas up to its own, times
+    `classes`; a gap that a delta cannot say is bridged by fillers. Fillers, and what fills the end
+    of a stream, have the value -0.0; a kept -0.0 is stored as 0.0.
 
     values    [G * 256] floating point: G groups of 32 lanes x 8 entries
     deltas    [D * 32] int32: D rows of 32 words, one of each lane. Entry i of a stream has bits
@@ -32,11 +32,17 @@ class Delta(pattern.PackedWeight):
     order     [S, 32 / lanes] int32: the rows of a slice, -1 where there is none
     offsets   [S + 1, 2] int32: first group and first row of words of each slice's tail
     shape     (N, K) = (out_features, in_features)
-    layout    (bits, lanes, part, head): 4, 5, 6 or 8; a power of two up to 32; columns of a part, a
-              multiple of 8 up to 32768; 0 or 4. The S slices are those of the first part of the
-              columns, then those of the next; most weights have one part. The first `head` groups
-              of all slices, and their words, stand before the tails of all slices, so that a
-              kernel finds them without reading offsets
+    layout    (bits, lanes, part, head, classes)
+                bits     4, 5, 6 or 8, of a delta
+                lanes    a power of two up to 32: streams of a row
+                part     columns of a part, a multiple of 8 up to 32768. The S slices are those of
+                         the first part of the columns, then those of the next; most weights have
+                         one part
+                head     0 or 4: so many first groups of all slices, and their words, stand before
+                         the tails of all slices, where a kernel finds them without offsets
+                classes  1, or 8: then 8 neighbouring lanes hold columns 0, 1, ... 7 modulo 8 and
+                         hit different banks of shared memory when they gather 4 or 8 samples at
+                         once; streams are less even, and filled up more
 
     At 90 % sparsity a 16-bit weight takes 2.8 bytes, the 16-bit value included.
     The constructor stores what it is given; ``validate`` checks it.
@@ -50,7 +56,7 @@ class Delta(pattern.PackedWeight):
     order: Tensor
     offsets: Tensor
     shape: tuple[int, int]
-    layout: tuple[int, int, int, int]
+    layout: tuple[int, int, int, int, int]
 
     @classmethod
     def from_dense(
@@ -58,6 +64,7 @@ class Delta(pattern.PackedWeight):
         weight: Tensor,
         mask: Tensor | None = None,
         *,
+        tokens: int = 1,
         bits: int | None = None,
         lanes: int | None = None,
         part: int | None = None,
@@ -65,35 +72,31 @@ class Delta(pattern.PackedWeight):
     ) -> Delta:
         """Keep the entries of weight [N, K] that are not zero (-0.0 is zero), or those under mask.
 
-        mask [N, K] bool says what is kept, zeros included. bits, lanes, part and head override what
-        suits this shape and pattern. Packs on the device of weight.
-        Raises TypeError (dtypes) and ValueError (shapes, sizes).
+        mask    [N, K] bool, says what is kept, zeros included
+        tokens  how many samples the layer will mostly see; from 3 on, streams keep to one class of
+                columns
+        bits, lanes, part and head override what suits this shape and pattern. Packs on the device
+        of weight. Raises TypeError (dtypes) and ValueError (shapes, sizes).
         """
         pattern.check_dense(_OWNER, weight, 2)
         if mask is None:
             mask = weight != 0
         pattern.check_mask(_OWNER, mask, (tuple(weight.shape),))
-        rows, columns = weight.shape
+        layout = _first_layout(tuple(weight.shape), tokens, bits, lanes, part, head)
         row, column = mask.nonzero(as_tuple=True)
         kept = weight.detach()[row, column] + 0.0  # -0.0 becomes 0.0
-        part = delta_layout.pick_part(columns) if part is None else part
-        numbers = (
-            BITS[0] if bits is None else bits,
-            1 if lanes is None else lanes,
-            part,
-            head or 0,
-        )
-        layout = Layout(rows, columns, *check_layout(numbers))
-        place, column = column // part * rows + row, column % part
-        if layout.parts > 1:
-            place, by_part = place.sort(stable=True)
-            column, kept = column[by_part], kept[by_part]
+        place, column = column // layout.part * layout.rows + row, column % layout.part
+        classes = layout.classes
+        place, column = place * classes + column % classes, column // classes
+        if layout.parts * classes > 1:
+            place, by_place = place.sort(stable=True)
+            column, kept = column[by_place], kept[by_place]
         gaps = delta_layout.gaps_of(place, column)
         if bits is None:
             layout = dataclasses.replace(layout, bits=delta_layout.pick_bits(gaps))
         sequence = delta_layout.fill_gaps(place, column, gaps, layout)
         if lanes is None:
-            lanes = delta_layout.pick_lanes(rows, layout.parts, sequence.place.numel())
+            lanes = delta_layout.pick_lanes(layout, sequence.place.numel())
             layout = dataclasses.replace(layout, lanes=lanes)
         if head is None:
             head = delta_layout.pick_head(sequence.lengths, layout)
@@ -110,7 +113,7 @@ class Delta(pattern.PackedWeight):
         values[index[weights]] = kept[sequence.source[weights]]
         deltas, starts = delta_layout.pack_deltas(sequence, slices, where, layout)
         shape = (layout.rows, layout.columns)
-        numbers = (layout.bits, layout.lanes, layout.part, layout.head)
+        numbers = (layout.bits, layout.lanes, layout.part, layout.head, layout.classes)
         return cls(values, deltas, starts, slices.order, slices.offsets, shape, numbers)
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,6 +214,21 @@ class Delta(pattern.PackedWeight):
         return self.values, self.starts, self.order, self.offsets, self.deltas
 
 
+def _first_layout(
+    shape: tuple[int, int],
+    tokens: int,
+    bits: int | None,
+    lanes: int | None,
+    part: int | None,
+    head: int | None,
+) -> Layout:
+    """Return the layout as asked for, with the least where nothing is said yet."""
+    classes = CLASSES if tokens > 2 else 1
+    part = delta_layout.pick_part(shape[1]) if part is None else part
+    bits, lanes = BITS[0] if bits is None else bits, classes if lanes is None else lanes
+    return Layout(*shape, *check_layout((bits, lanes, part, head or 0, classes)))
+
+
 def entries_of(
     values: Tensor,
     deltas: Tensor,
@@ -218,7 +236,7 @@ def entries_of(
     order: Tensor,
     offsets: Tensor,
     shape: tuple[int, int],
-    layout: tuple[int, int, int, int],
+    layout: tuple[int, int, int, int, int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return where in values, in which row and in which column each weight stands: int64."""
     row, column = delta_layout.unpack(deltas, starts, order, offsets, Layout(*shape, *layout))
@@ -231,19 +249,25 @@ def is_filler(values: Tensor) -> Tensor:
     return (values == 0) & torch.signbit(values)
 
 
-def check_layout(layout: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-    """Return layout if it is (bits, lanes, part, head) as kernels know them; raise ValueError if
-    not.
+def check_layout(layout: tuple[int, ...]) -> tuple[int, int, int, int, int]:
+    """Return layout if it is (bits, lanes, part, head, classes) as kernels know them.
+
+    Raises ValueError if it is not.
     """
-    if len(layout) != 4 or not all(isinstance(v, int) for v in layout):
-        raise ValueError(f"{_OWNER}: layout must be (bits, lanes, part, head), got {layout!r}")
-    bits, lanes, part, head = layout
+    if len(layout) != 5 or not all(isinstance(v, int) for v in layout):
+        names = "(bits, lanes, part, head, classes)"
+        raise ValueError(f"{_OWNER}: layout must be {names}, got {layout!r}")
+    bits, lanes, part, head, classes = layout
+    if classes not in (1, CLASSES):
+        raise ValueError(f"{_OWNER}: classes must be 1 or {CLASSES}, got {classes}")
     if head not in (0, HEAD):
         raise ValueError(f"{_OWNER}: head must be 0 or {HEAD}, got {head}")
     if bits not in BITS:
         raise ValueError(f"{_OWNER}: bits must be one of {BITS}, got {bits}")
     if lanes not in (1, 2, 4, 8, 16, 32):
         raise ValueError(f"{_OWNER}: lanes must be a power of two up to {LANES}, got {lanes}")
+    if lanes % classes:
+        raise ValueError(f"{_OWNER}: {classes} classes need as many lanes or more, got {lanes}")
     if part % 8 or not 8 <= part <= MOST_PART:
         raise ValueError(
             f"{_OWNER}: part must be a multiple of 8 from 8 to {MOST_PART}, got {part}"

@@ -10,6 +10,7 @@ from torch import Tensor
 LANES = 32  # streams of a slice: the threads of a warp
 GROUP = 8  # entries that a stream's end is filled up to: 16 bytes of 16-bit values
 BITS = (4, 5, 6, 8)  # of a delta
+CLASSES = 8  # of columns that streams keep apart, so that 16-byte gathers meet no bank twice
 MOST_PART = 32768  # columns that one part may have, so that its first columns fit int16
 
 # A GPU with 132 multiprocessors needs about 8 warps on each, to keep enough loads in flight.
@@ -23,8 +24,10 @@ _HEAD_COST = 0.02  # of the bytes, what heads may cost where streams are shorter
 class Layout:
     """The numbers that say how a weight [rows, columns] is cut.
 
-    bits of a delta; lanes (streams) that share a row; columns of a part; groups of a head, 0 or 4.
-    Rows of the parts follow each other: place p * rows + n is row n of part p.
+    bits of a delta; lanes (streams) that share a row; columns of a part; groups of a head, 0 or 4;
+    classes of columns, 1 or 8: a stream holds columns of one class, column modulo classes, and its
+    deltas count in steps of so many columns. Place (p * rows + n) * classes + c is what row n has
+    in part p of class c.
     """
 
     rows: int
@@ -33,6 +36,11 @@ class Layout:
     lanes: int
     part: int
     head: int = 0
+    classes: int = 1
+
+    @property
+    def lanes_per_class(self) -> int:
+        return self.lanes // self.classes
 
     @property
     def head_words(self) -> int:
@@ -70,13 +78,13 @@ def pick_bits(gaps: Tensor) -> int:
     return min(BITS, key=size)
 
 
-def pick_lanes(rows: int, parts: int, entries: int) -> int:
+def pick_lanes(layout: Layout, entries: int) -> int:
     """Return how many streams a row is cut into: as few as keep a GPU busy, as filling costs."""
-    lanes = 1
+    rows, lanes = layout.parts * layout.rows, layout.classes
     while (
         lanes < LANES
-        and parts * -(-rows * lanes // LANES) < _SLICES
-        and entries >= 2 * lanes * _LEAST_STREAM * rows * parts
+        and -(-rows * lanes // LANES) < _SLICES
+        and entries >= 2 * lanes * _LEAST_STREAM * rows
     ):
         lanes *= 2
     return lanes
@@ -87,9 +95,9 @@ class Sequence:
     """Entries row after row, fillers among them where a gap is longer than a delta can say.
 
     source   kept weight that the entry holds, or -1 for a filler: int64 [entries]
-    place    part * rows + row of the entry: int64 [entries]
-    column   within its part: int64 [entries]
-    lengths  entries of each place: int64 [parts * rows]
+    place    of the entry: int64 [entries]
+    column   within its part, in steps of `classes`: int64 [entries]
+    lengths  entries of each place: int64 [parts * rows * classes]
     """
 
     source: Tensor
@@ -122,7 +130,7 @@ def fill_gaps(place: Tensor, column: Tensor, gaps: Tensor, layout: Layout) -> Se
         torch.where(back == 0, source, -1),
         places,
         torch.where(back == 0, column[source], filler_column),
-        torch.bincount(places, minlength=layout.parts * layout.rows),
+        torch.bincount(places, minlength=layout.parts * layout.rows * layout.classes),
     )
 
 
@@ -144,7 +152,7 @@ def arrange(lengths: Tensor, layout: Layout) -> Slices:
     """Return the slices for rows of these lengths."""
     device, per = lengths.device, layout.rows_per_slice
     padded = layout.slices * per
-    by_part = lengths.reshape(layout.parts, layout.rows)
+    by_part = _longest_streams(lengths, layout)
     ranked, rows = by_part.sort(dim=1, descending=True, stable=True)
     order = torch.full((layout.parts, padded), -1, dtype=torch.int32, device=device)
     order[:, : layout.rows] = rows.int()
@@ -162,15 +170,20 @@ def arrange(lengths: Tensor, layout: Layout) -> Slices:
     return Slices(order.reshape(-1, per), offsets.int(), slot.reshape(-1))
 
 
+def _longest_streams(lengths: Tensor, layout: Layout) -> Tensor:
+    """Return how long the longest stream of each row is: int64 [parts, rows]."""
+    by_class = lengths.reshape(layout.parts, layout.rows, layout.classes)
+    return _ceil(by_class.amax(2), layout.lanes_per_class)
+
+
 def _groups(ranked: Tensor, layout: Layout) -> Tensor:
-    """Return the groups of each slice, of lengths [parts, rows] that fall along the rows."""
-    longest = ranked[:, :: layout.rows_per_slice].reshape(-1)
-    return _ceil(_ceil(longest, layout.lanes), GROUP)
+    """Return the groups of each slice; streams [parts, rows] get shorter along the rows."""
+    return _ceil(ranked[:, :: layout.rows_per_slice].reshape(-1), GROUP)
 
 
 def pick_head(lengths: Tensor, layout: Layout) -> int:
     """Return whether heads pay: HEAD, or 0 where too many streams are shorter than they."""
-    ranked = lengths.reshape(layout.parts, layout.rows).sort(dim=1, descending=True).values
+    ranked = _longest_streams(lengths, layout).sort(dim=1, descending=True).values
     groups = _groups(ranked, layout)
     filling = int((HEAD - groups).clamp(min=0).sum())
     return HEAD if int(groups.sum()) > 0 and filling <= _HEAD_COST * int(groups.sum()) else 0
@@ -185,9 +198,11 @@ def streams(sequence: Sequence, slices: Slices, layout: Layout) -> tuple[Tensor,
     lengths, place = sequence.lengths, sequence.place
     first = lengths.cumsum(0) - lengths
     at = torch.arange(place.numel(), device=place.device) - first[place]
-    share = _ceil(lengths, layout.lanes)[place]  # entries of one stream of the row
-    slot = slices.slot[place]
-    lane = slot % layout.rows_per_slice * layout.lanes + at // share
+    share = _ceil(lengths, layout.lanes_per_class)[place]  # entries of one stream
+    slot = slices.slot[place // layout.classes]
+    # Neighbouring lanes have different classes.
+    in_row = at // share * layout.classes + place % layout.classes
+    lane = slot % layout.rows_per_slice * layout.lanes + in_row
     return slot // layout.rows_per_slice, lane, at % share
 
 
@@ -214,7 +229,8 @@ def pack_deltas(
     delta = torch.where(at == 0, 0, delta)
     starts = column.new_zeros(slices.order.shape[0], LANES)
     head = at == 0
-    starts[part[head], lane[head]] = column[head]
+    known = column * layout.classes + sequence.place % layout.classes
+    starts[part[head], lane[head]] = known[head]
     # Fields do not overlap, so adding them is or-ing them; what passes 32 bits is the next word's.
     bit = at * layout.bits
     tails, rows = slices.offsets[:, 1], int(slices.offsets[-1, 1])
@@ -274,7 +290,7 @@ def unpack(
     first = torch.zeros(starts.shape[0], LANES, dtype=torch.int64, device=device)
     begins = before == 0
     first[part[begins]] = along[begins, 0]
-    column = along + (starts.long() - first)[part][:, None]
+    column = (along - first[part][:, None]) * layout.classes + starts.long()[part][:, None]
     column = column + (part // max(layout.slices, 1) * layout.part)[:, None, None]
     row = order.long()[part].repeat_interleave(layout.lanes, 1)[:, None].expand_as(column)
     return row.transpose(1, 2).reshape(-1), column.transpose(1, 2).reshape(-1)

@@ -52,7 +52,7 @@ def apply_delta(
     order: Tensor,
     offsets: Tensor,
     shape: tuple[int, int],
-    layout: tuple[int, int, int, int],
+    layout: tuple[int, int, int, int, int],
     bias: Tensor | None,
     activation: int,
 ) -> Tensor:
