@@ -92,12 +92,12 @@ Tensor expand(const DeltaWeight& w, int bits, const Tensor& values, const Launch
 }
 
 // Whether passes over the weight take less time than writing W, reading it and multiplying. A pass
-// of 8 tokens handles 2.9 entries a clock, 6.1 where columns have classes (delta_linear.cuh): the
-// time of 6.4 or 3.1 bytes of memory traffic each. Up to 8 tokens there is one pass.
+// of 8 tokens handles 2.9 entries a clock, 5.7 where columns have classes (delta_linear.cuh): the
+// time of 6.4 or 3.3 bytes of memory traffic each. Up to 8 tokens there is one pass.
 bool passes_pay(const DeltaWeight& w, int64_t tokens, int64_t entries) {
   const double dense = 4.0 * double(w.rows) * double(w.columns) + 2.7 * double(entries);
   return tokens <= kWholePasses ||
-         double(div_up(tokens, kWholePasses)) * (w.classes > 1 ? 3.1 : 6.4) * double(entries) <=
+         double(div_up(tokens, kWholePasses)) * (w.classes > 1 ? 3.3 : 6.4) * double(entries) <=
              dense;
 }
 

@@ -5,15 +5,16 @@
 // a multiprocessor. Floors, counted for random columns; none is measured:
 //
 //   tokens  instructions  wavefronts of shared memory   entries a clock: instructions, shared memory
-//   1       7.0           3.4 for 32 gathers            18    8.0
-//   2       8.8           3.5                           14.5  7.8
-//   4       13.1          6.1, with classes 4.0         9.8   4.7, with classes 6.9
-//   8       21.1          10.4, with classes 4.0        6.1   2.9, with classes 6.9
+//   1       8.1           3.4 for 32 gathers            15.8  8.0
+//   2       9.8           3.5                           13.1  7.8
+//   4       14.3          6.1, with classes 4.0         9.0   4.7, with classes 6.9
+//   8       22.6          10.4, with classes 4.0        5.7   2.9, with classes 6.9
 //
 // (128 instructions of threads a clock; loads of the weight take 21 wavefronts for 1024 entries, on
 // the way of the gathers.) Streams that keep to a class of columns meet no bank twice when 8 lanes
 // gather 16 bytes each, but hold 10 to 15 % more fillers. So one token is bound by memory, 8 tokens
-// take twice as long without classes and a quarter more with them. Fillers are 4 % at 90 %.
+// take twice as long without classes and a quarter more with them. Fillers are 4 % at 90 %; that
+// they are left out, so that NaN and infinity do not pass them, is one of the instructions.
 // A lane adds up its own stream, one column after the other, so nothing is scanned or shuffled
 // before the row's end. At most 16 warps share one copy of x; each has 2 to 3 KB under way, and the
 // first 2.6 KB since before x is staged.
@@ -57,22 +58,12 @@ __device__ inline Halves<kCount> load_halves(const T* x, int64_t count, bool ali
   return out;
 }
 
-// Whether one of the two elements of a word is NaN or infinite: its exponent is all ones.
-__device__ inline bool any_special(uint32_t word, Bf16) {
-  return ((word & 0x7f807f80u) + 0x00800080u) & 0x80008000u;
-}
-__device__ inline bool any_special(uint32_t word, Half) {
-  return ((word & 0x7c007c00u) + 0x04000400u) & 0x80008000u;
-}
-
 // Lays the columns of a part out as [column][kTokens], so that one load gathers all tokens of a
 // column; tokens that do not exist are zeros. A thread writes 16 bytes at once: no conflicts.
-// Returns whether it met NaN or infinity.
 template <typename T, int kTokens>
-__device__ inline bool stage(const DeltaCall<T>& call, int64_t token, int64_t column, int width,
+__device__ inline void stage(const DeltaCall<T>& call, int64_t token, int64_t column, int width,
                              unsigned char* staged) {
   constexpr int kColumns = kGroup / kTokens;
-  bool special = false;
 #pragma unroll 2
   for (int at = int(threadIdx.x) * kColumns; at < width; at += int(blockDim.x) * kColumns) {
     Halves<kColumns> in[kTokens] = {};
@@ -89,11 +80,9 @@ __device__ inline bool stage(const DeltaCall<T>& call, int64_t token, int64_t co
       const uint32_t low = in[i % kTokens].half[i / kTokens];
       const uint32_t high = in[(i + 1) % kTokens].half[(i + 1) / kTokens];
       out.word[i / 2] = low | high << 16;
-      special |= any_special(out.word[i / 2], T{});
     }
     *reinterpret_cast<Vector16*>(staged + 2 * kTokens * at) = out;
   }
-  return special;
 }
 
 // The staged elements of one column, widened.
@@ -115,8 +104,8 @@ __device__ inline void gather(SharedAddress at, float (&out)[kTokens]) {
 }
 
 // Adds the products of group g. `at` is where the last entry's column stands in shared memory.
-// With kGuard, fillers are left out: 0 * infinity would reach a row that has no weight there.
-template <typename T, int kTokens, int kClasses, bool kGuard, int kBits>
+// Fillers are left out: 0 * infinity would reach a row that has no weight there.
+template <typename T, int kTokens, int kClasses, int kBits>
 __device__ inline void add_group(const Chunk<kBits>& chunk, int g, SharedAddress& at,
                                  float (&sum)[kTokens]) {
   // The bytes of a delta of 1, as a power of two.
@@ -128,27 +117,24 @@ __device__ inline void add_group(const Chunk<kBits>& chunk, int g, SharedAddress
     gather<T>(at, x);
     const uint32_t word = chunk.values[g].word[j / 2];
     const float value = j % 2 ? high_half(word, T{}) : low_half(word, T{});
-    if (kGuard && entry_bits(chunk.values[g], j) == kFiller) continue;
-#pragma unroll
-    for (int t = 0; t < kTokens; ++t) sum[t] = fmaf(value, x[t], sum[t]);
+    fma_unless_minus_zero(value, x, sum);
   }
 }
 
 // Adds the products of the chunk and loads the next one in its place.
-template <typename T, int kTokens, int kClasses, bool kGuard, int kBits>
+template <typename T, int kTokens, int kClasses, int kBits>
 __device__ inline void add_chunk(Chunk<kBits>& chunk, Walk& walk, SharedAddress& at,
                                  float (&sum)[kTokens]) {
-  if (kGuard || walk.now < kChunkGroups) {  // a rare path, or a stream's end
-#pragma unroll
-    for (int g = 0; g < (kGuard ? kChunkGroups : kChunkGroups - 1); ++g) {
-      if (g < walk.now) add_group<T, kTokens, kClasses, kGuard>(chunk, g, at, sum);
-    }
-    if (kGuard) return chunk.load(walk);
-  } else {
+  if (walk.now >= kChunkGroups) {
 #pragma unroll
     for (int g = 0; g < kChunkGroups; ++g) {
-      add_group<T, kTokens, kClasses, kGuard>(chunk, g, at, sum);
+      add_group<T, kTokens, kClasses>(chunk, g, at, sum);
       chunk.load(walk, g);
+    }
+  } else {
+#pragma unroll
+    for (int g = 0; g < kChunkGroups - 1; ++g) {
+      if (g < walk.now) add_group<T, kTokens, kClasses>(chunk, g, at, sum);
     }
   }
   chunk.step(walk);
@@ -178,7 +164,7 @@ __device__ inline void finish_row(const DeltaCall<T>& call, int row, float bias,
 }
 
 // The slices of a warp, one after the other; the first chunk was loaded before x was staged.
-template <typename T, int kTokens, int kClasses, bool kGuard, int kBits>
+template <typename T, int kTokens, int kClasses, int kBits>
 __device__ inline void run_slices(const DeltaCall<T>& call, int slice, int step, int end,
                                   int64_t token, Walk& walk, Chunk<kBits>& chunk,
                                   SharedAddress staged) {
@@ -189,7 +175,7 @@ __device__ inline void run_slices(const DeltaCall<T>& call, int slice, int step,
     const int row = walk.row;
     const float bias = call.bias && row >= 0 ? to_float(call.bias[row]) : 0.f;
     float sum[kTokens] = {};
-    while (walk.now > 0) add_chunk<T, kTokens, kClasses, kGuard>(chunk, walk, at, sum);
+    while (walk.now > 0) add_chunk<T, kTokens, kClasses>(chunk, walk, at, sum);
     slice += step;
     walk.open(call.weight, slice, end, lane, chunk);
     finish_row(call, row, bias, token, lane, sum);
@@ -202,7 +188,6 @@ template <typename T, int kBits, int kTokens, int kClasses>
 __global__ void __launch_bounds__(kDeltaWarps* kLaneCount, 1)
     delta_linear_rows(DeltaCall<T> call) {
   LW_DYNAMIC_SHARED(staged);
-  __shared__ int special;
   const DeltaWeight& w = call.weight;
   const int lane = int(threadIdx.x) % kLaneCount;
   const int step = int(gridDim.x) * (int(blockDim.x) / kLaneCount);
@@ -215,20 +200,12 @@ __global__ void __launch_bounds__(kDeltaWarps* kLaneCount, 1)
   Chunk<kBits> chunk;
   walk.open(w, slice, end, lane, chunk);
 
-  if (threadIdx.x == 0) special = 0;
-  __syncthreads();
   const int64_t column = int64_t(blockIdx.z) * w.part;
   const int64_t rest = w.columns - column;
-  if (stage<T, kTokens>(call, token, column, int(rest < w.part ? rest : w.part), staged)) {
-    atomicOr(&special, 1);
-  }
+  stage<T, kTokens>(call, token, column, int(rest < w.part ? rest : w.part), staged);
   __syncthreads();
-  const SharedAddress x = shared_address(staged);
-  if (special) {
-    run_slices<T, kTokens, kClasses, true>(call, slice, step, end, token, walk, chunk, x);
-  } else {
-    run_slices<T, kTokens, kClasses, false>(call, slice, step, end, token, walk, chunk, x);
-  }
+  run_slices<T, kTokens, kClasses>(call, slice, step, end, token, walk, chunk,
+                                   shared_address(staged));
 }
 
 // y from the partial sums of all parts, in their order. Grid (ceil(tokens * rows / 256)).

@@ -15,7 +15,7 @@ def rows(tokens: int, most: float, shared: int) -> Expected:
     return Expected(
         kernel=rf"delta_linear_rows<\w+, \d, {tokens}, \d>",
         must=("LDG.128", "LDS", "LEA"),
-        must_not=("SHFL.UP", "ATOM", "RED"),
+        must_not=("ATOM", "RED"),
         shared=shared,
         loop="LDS",
         per_loop=GATHERS,
