@@ -8,6 +8,7 @@
 namespace liveweight::cuda {
 
 constexpr int kMostTokens = 64;
+constexpr int kMostStages = 3;
 constexpr int kSumStride = kTileRows + 4;  // between tokens: lanes that store meet no bank twice
 
 // Floats of the sums of one warp.
@@ -59,7 +60,7 @@ inline BitmapPlan bitmap_plan(int tokens, int64_t rows, int64_t columns, int mos
   plan.splits = int(tiles_over(plan.along > 1 ? plan.along : 1, plan.per_split));
 
   // Sixteen warps a multiprocessor hide latencies: in one block if there is one, else in two.
-  plan.stages = 3;
+  plan.stages = kMostStages;
   const auto fits = [&](int bytes) { return bitmap_shared(plan, most) <= bytes; };
   if (plan.groups < 8 && blocks * plan.splits <= gpu.multiprocessors) {
     plan.warps = 16;

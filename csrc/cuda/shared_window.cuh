@@ -21,7 +21,7 @@ __device__ inline uint32_t window_address(const void* shared) {
 __device__ inline uint32_t load_window_half(uint32_t at) {
 #if defined(__CUDACC__)
   uint16_t out;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(out) : "r"(at));
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(out) : "r"(at) : "memory");
   return out;
 #else
   return *reinterpret_cast<const uint16_t*>(cuda_host::machine.shared_at(at, 2));
@@ -34,7 +34,8 @@ __device__ inline Vector16 load_window(uint32_t at) {
   Vector16 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
-               : "r"(at));
+               : "r"(at)
+               : "memory");
   return v;
 #else
   return *reinterpret_cast<const Vector16*>(cuda_host::machine.shared_at(at, 16));
@@ -44,7 +45,10 @@ __device__ inline Vector16 load_window(uint32_t at) {
 // ld.shared.v2.u32
 __device__ inline void load_window(uint32_t at, uint32_t& first, uint32_t& second) {
 #if defined(__CUDACC__)
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(first), "=r"(second) : "r"(at));
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+               : "=r"(first), "=r"(second)
+               : "r"(at)
+               : "memory");
 #else
   const uint2 v = *reinterpret_cast<const uint2*>(cuda_host::machine.shared_at(at, 8));
   first = v.x;
