@@ -89,20 +89,32 @@ Conv read_sizes(const Tensor& x, const Tensor& values, int64_t filters,
   return c;
 }
 
+// x or values as floats: themselves, or a copy that lies in memory in the same order. `keeper`
+// holds the copy.
 template <typename T>
-void run(Conv c, const Tensor& values, Launch launch) {
-  Tensor widened = values;
-  if constexpr (!std::is_same_v<T, float>) {
-    c.element = std::is_same_v<T, Bf16> ? Element::kBf16 : Element::kHalf;
-    widened = empty(values, {values.numel()}, ScalarType::Float);
-    const int64_t count = values.numel(), blocks = std::min<int64_t>(divide_up(count, 256), 1056);
-    if (count) {
-      launch(widen_values<T>, Shape{grid(blocks), 256}, typed<const T>(values), count,
-             typed<float>(widened));
-    }
+const float* widened(const Tensor& given, Tensor& keeper, Launch launch) {
+  if constexpr (std::is_same_v<T, float>) {
+    return static_cast<const float*>(address(given));
+  } else {
+    const T* from = static_cast<const T*>(address(given));
+    const int64_t count = given.numel();
+    const int skipped = (4 - widen_head(from, count) % 4) % 4;
+    keeper = empty(given, {count + skipped}, ScalarType::Float);
+    float* to = typed<float>(keeper) + skipped;
+    widen_all(from, count, to, launch);
+    return to;
   }
-  c.values = typed<const float>(widened);
-  kernelwise_conv2d<T>(c, launch);
+}
+
+template <typename T>
+void run(Conv c, const Tensor& x, const Tensor& values, Launch launch) {
+  c.element = std::is_same_v<T, float>  ? Element::kFloat
+              : std::is_same_v<T, Bf16> ? Element::kBf16
+                                        : Element::kHalf;
+  Tensor wide_x = x, wide_values = values;
+  c.x = widened<T>(x, wide_x, launch);
+  c.values = widened<T>(values, wide_values, launch);
+  kernelwise_conv2d(c, launch);
 }
 
 Tensor kernelwise_conv2d_cuda(const Tensor& x, const Tensor& values, const Tensor& filter_offsets,
@@ -128,13 +140,13 @@ Tensor kernelwise_conv2d_cuda(const Tensor& x, const Tensor& values, const Tenso
   const OnDevice guard(x);
   const Tensor y = new_picture(x, sizes, c.y_stride);
   if (y.numel() == 0) return y;
-  c.x = address(x), c.y = y.mutable_data_ptr(), c.relu = relu, c.kept = kept;
+  c.y = y.mutable_data_ptr(), c.relu = relu, c.kept = kept;
   c.bias = bias ? address(*bias) : nullptr;
   c.filter_offsets = typed<const int32_t>(filter_offsets);
   c.channels = typed<const int32_t>(channels);
   const Launch launch = launcher(x);
   with_type<float, Bf16, Half>(kOp, "x", x,
-                               [&](auto zero) { run<decltype(zero)>(c, values, launch); });
+                               [&](auto zero) { run<decltype(zero)>(c, x, values, launch); });
   return y;
 }
 

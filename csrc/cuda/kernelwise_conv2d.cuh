@@ -5,8 +5,8 @@
 // patch of 8 x 4 outputs of a 3 x 3 kernel reads 10 x 6 words for 288 products, 4.8 a word, without
 // meeting a bank twice. Compiled, that loop has 349 instructions (83 % FFMA; 7 x 4: 81 %, 4 x 4:
 // 75 %, 5 x 5: 83 %). Where a word feeds fewer, shared memory bounds the kernel: 3 x 3 of stride 2
-// at 40 % of the FFMA rate, 1 x 1 at 25 %. Around the loop, a 4-byte copy takes 6 instructions;
-// every pixel is copied once per 16 filters. Bytes matter only for small layers.
+// at 40 % of the FFMA rate, 1 x 1 at 25 %. Around the loop, a 4-byte copy takes 5 to 7
+// instructions; every pixel is copied once per 16 filters. Bytes matter only for small layers.
 //
 // Sums are fp32 for every element type and add up channels, rows and columns in this order whatever
 // the plan is: every plan gives the same bits.
@@ -14,6 +14,7 @@
 
 #include "kernelwise_conv2d_direct.cuh"
 #include "kernelwise_conv2d_tile.cuh"
+#include "kernelwise_conv2d_widen.cuh"
 
 namespace liveweight::cuda::kernelwise {
 
@@ -35,13 +36,12 @@ inline bool stores_quads(const Conv& c) {
          c.y_stride[0] % kQuad == 0 && reinterpret_cast<uintptr_t>(c.y) % 16 == 0;
 }
 
-template <typename T>
-void launch_direct(const Conv& c, Launch launch) {
+inline void launch_direct(const Conv& c, Launch launch) {
   const int64_t outputs = c.batch * c.pooled_height() * c.pooled_width();
   const int64_t filters = int64_t(c.group_filters) * c.groups;
   const int64_t work = divide_up(outputs, kDirectThreads * kDirectOutputs) * filters;
   const int64_t most = 0x7fffffff;
-  launch(conv_direct<T>, Shape{grid(work < most ? work : most), kDirectThreads}, c);
+  launch(conv_direct, Shape{grid(work < most ? work : most), kDirectThreads}, c);
 }
 
 // Runs the tiled kernel if it suits the convolution and is not dearer than the direct one.
@@ -59,9 +59,8 @@ bool run_tiled(Conv& c, Launch launch) {
   return true;
 }
 
-// Plans by the shapes alone and launches; y holds something. T: elements of x, bias and y.
-template <typename T>
-void kernelwise_conv2d(Conv c, Launch launch) {
+// Plans by the shapes alone and launches; y holds something.
+inline void kernelwise_conv2d(Conv c, Launch launch) {
   if (c.kept > 0 && wish.way != Wish::kDirect) {
     fold_rows(c);
     if (run_tiled<3, 1, 8, 7, 4>(c, launch) || run_tiled<1, 1, 8, 7, 4>(c, launch) ||
@@ -69,7 +68,7 @@ void kernelwise_conv2d(Conv c, Launch launch) {
       return;
     }
   }
-  launch_direct<T>(c, launch);
+  launch_direct(c, launch);
 }
 
 }  // namespace liveweight::cuda::kernelwise

@@ -1,10 +1,8 @@
 // kernelwise_conv2d for every kernel size, stride, dilation and pool: each lane loads its operands
-// by itself. Also what widens 16-bit weights for both ways.
+// by itself.
 #pragma once
 
-#include "kernelwise_conv2d_plan.cuh"
-#include "launch.cuh"
-#include "ptx.cuh"
+#include "kernelwise_conv2d_write.cuh"
 
 namespace liveweight::cuda::kernelwise {
 
@@ -12,8 +10,7 @@ constexpr int kDirectThreads = 128;
 constexpr int kDirectOutputs = 4;  // of one filter per thread, so that a weight is used four times
 
 // One sum: the output at (row, column) before pooling, without bias.
-template <typename T>
-__device__ inline void add_taps(const Conv& c, const T* const (&plane)[kDirectOutputs],
+__device__ inline void add_taps(const Conv& c, const float* const (&plane)[kDirectOutputs],
                                 const float* weight, const int (&row)[kDirectOutputs],
                                 const int (&column)[kDirectOutputs],
                                 float (&sums)[kDirectOutputs]) {
@@ -24,7 +21,7 @@ __device__ inline void add_taps(const Conv& c, const T* const (&plane)[kDirectOu
       for (int o = 0; o < kDirectOutputs; ++o) {
         const int y = row[o] + i * c.dilation[0], x = column[o] + j * c.dilation[1];
         if (unsigned(y) < unsigned(c.height) && unsigned(x) < unsigned(c.width)) {
-          sums[o] = fmaf(w, to_float(plane[o][y * c.x_stride[2] + x * c.x_stride[3]]), sums[o]);
+          sums[o] = fmaf(w, plane[o][y * c.x_stride[2] + x * c.x_stride[3]], sums[o]);
         }
       }
     }
@@ -38,7 +35,6 @@ struct Outputs {
 };
 
 // Largest sum of every output's window, without bias.
-template <typename T>
 __device__ inline void sum_windows(const Conv& c, int filter, const Outputs& out,
                                    float (&most)[kDirectOutputs]) {
   const int64_t group_start = int64_t(filter / c.group_filters) * c.group_channels;
@@ -53,10 +49,10 @@ __device__ inline void sum_windows(const Conv& c, int filter, const Outputs& out
       column[o] = (out.column[o] * c.pool + window % c.pool) * c.stride[1] - c.padding[1];
     }
     for (int k = begin; k < end; ++k) {
-      const T* plane[kDirectOutputs];
+      const float* plane[kDirectOutputs];
 #pragma unroll
       for (int o = 0; o < kDirectOutputs; ++o) {
-        plane[o] = static_cast<const T*>(c.x) + out.image[o] * c.x_stride[0] +
+        plane[o] = c.x + out.image[o] * c.x_stride[0] +
                    (group_start + c.channels[k]) * c.x_stride[1];
       }
       add_taps(c, plane, c.values + int64_t(k) * taps, row, column, sums);
@@ -69,8 +65,7 @@ __device__ inline void sum_windows(const Conv& c, int filter, const Outputs& out
 }
 
 // Blocks walk over (512 outputs, filter) pairs, filters fastest: they share x.
-template <typename T>
-__global__ void __launch_bounds__(kDirectThreads) conv_direct(Conv c) {
+static __global__ void __launch_bounds__(kDirectThreads) conv_direct(Conv c) {
   const int width = c.pooled_width(), filters = c.group_filters * c.groups;
   const int64_t plane = int64_t(c.pooled_height()) * width, count = c.batch * plane;
   const int64_t work = divide_up(count, kDirectThreads * kDirectOutputs) * filters;
@@ -85,24 +80,15 @@ __global__ void __launch_bounds__(kDirectThreads) conv_direct(Conv c) {
       out.row[o] = int(inside % plane / width), out.column[o] = int(inside % width);
     }
     float most[kDirectOutputs];
-    sum_windows<T>(c, filter, out, most);
-    const float bias = c.bias ? to_float(static_cast<const T*>(c.bias)[filter]) : 0.f;
+    sum_windows(c, filter, out, most);
+    const float bias = c.bias ? load_any(c.bias, filter, c.element) : 0.f;
 #pragma unroll
     for (int o = 0; o < kDirectOutputs; ++o) {
       if (first + o * kDirectThreads >= count) continue;
-      T* y = static_cast<T*>(c.y) + out.image[o] * c.y_stride[0] + filter * c.y_stride[1];
-      const float value = most[o] + bias;
-      y[out.row[o] * c.y_stride[2] + out.column[o] * c.y_stride[3]] =
-          from_float<T>(c.relu ? max_nan(value, 0.f) : value);
+      const int64_t to = out.image[o] * c.y_stride[0] + filter * c.y_stride[1] +
+                         out.row[o] * c.y_stride[2] + out.column[o] * c.y_stride[3];
+      store_any(c.y, to, rectify(most[o] + bias, c.relu), c.element);
     }
-  }
-}
-
-template <typename T>
-__global__ void __launch_bounds__(256) widen_values(const T* from, int64_t count, float* to) {
-  const int64_t step = int64_t(gridDim.x) * 256;
-  for (int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x; i < count; i += step) {
-    to[i] = to_float(from[i]);
   }
 }
 

@@ -45,14 +45,14 @@ struct ConvShape {
 // A convolution and the pictures it reads and writes. Kernel i of filter o reads channel
 // channels[i] of the filter's group.
 struct Conv : ConvShape {
-  const void* x;
-  const float* values;  // [kept, kh, kw], widened where x is not float
+  const float* x;       // widened where the op's x is not float, and so are the values
+  const float* values;  // [kept, kh, kw]
   const int32_t* filter_offsets;
   const int32_t* channels;
-  const void* bias;  // like x, or null
+  const void* bias;  // or null
   void* y;
   bool relu;
-  Element element;
+  Element element;  // of bias and y
 };
 
 // Lanes of a warp own patches of rows x 4 outputs; a warp's patches cover `images` samples of

@@ -101,23 +101,6 @@ __device__ inline void deal_filters(const Conv& c, const Block& b, int* dealt) {
   dealt[rank] = me;
 }
 
-template <typename T>
-__device__ inline void stage_widened(const T* from, int64_t step, float* to, int pitch,
-                                     int channels) {
-  constexpr int kAtOnce = 4;
-  int channel = 0;
-#pragma unroll 1
-  for (; channel + kAtOnce <= channels; channel += kAtOnce) {
-    float value[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) value[i] = to_float(from[(channel + i) * step]);
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) to[(channel + i) * pitch] = value[i];
-  }
-#pragma unroll 1
-  for (; channel < channels; ++channel) to[channel * pitch] = to_float(from[channel * step]);
-}
-
 // Starts the copies of `channels` channels of x. Where channels lie side by side, so do the
 // threads: eight channels are a sector.
 __device__ inline void stage(const Conv& c, const ConvTile& t, const Block& b, const Place* places,
@@ -126,26 +109,18 @@ __device__ inline void stage(const Conv& c, const ConvTile& t, const Block& b, c
   const int lane = int(threadIdx.x) % side_by_side;
   const int count = b.images * b.rows * b.columns;
   const int64_t step = c.x_stride[1] * side_by_side;
-  const int pitch = t.channel_pitch * side_by_side;
+  const int pitch = t.channel_pitch * side_by_side * int(sizeof(float));
   const int mine = (channels - lane + side_by_side - 1) / side_by_side;
   const int64_t start = b.start + (first + lane) * c.x_stride[1];
   to += lane * t.channel_pitch;
 #pragma unroll 1
   for (int n = int(threadIdx.x) / side_by_side; n < count; n += int(blockDim.x) / side_by_side) {
     const Place place = places[n];
-    float* out = to + place.shared;
-    const int64_t from = start + place.memory;
-    if (c.element == Element::kBf16) {
-      stage_widened(static_cast<const Bf16*>(c.x) + from, step, out, pitch, mine);
-    } else if (c.element == Element::kHalf) {
-      stage_widened(static_cast<const Half*>(c.x) + from, step, out, pitch, mine);
-    } else {
-      const float* in = static_cast<const float*>(c.x) + from;
-      SharedAddress at = shared_address(out);
-#pragma unroll 4
-      for (int channel = 0; channel < mine; ++channel, in += step, at += 4 * pitch) {
-        cp_async4(at, in);
-      }
+    const float* from = c.x + start + place.memory;
+    SharedAddress at = shared_address(to + place.shared);
+#pragma unroll 8
+    for (int channel = 0; channel < mine; ++channel, from += step, at += pitch) {
+      cp_async4(at, from);
     }
   }
 }

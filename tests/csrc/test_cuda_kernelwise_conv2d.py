@@ -224,6 +224,19 @@ def test_relu_and_pool_keep_nan(kernels, way):
             assert torch.equal(got.isnan(), want.isnan())
 
 
+@pytest.mark.parametrize("dtype", TYPES[1:], ids=str)
+@pytest.mark.parametrize("offset", (0, 3, 8, 15))
+def test_every_16_bit_pattern_is_widened(kernels, dtype, offset):
+    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = torch.cat([patterns.new_zeros(offset), patterns]).to(kernels.device)[offset:]
+    x = x[: (1 << 16) - offset].view(1, 1, 1, -1)
+    packed = Kernelwise.from_dense(torch.ones(1, 1, 1, 1, dtype=dtype))
+    case = Case(1, 1, (1, 1), padding=(0, 0))
+    got = run(kernels, case, x, packed, None)
+    # Adding to a sum of zero makes -0.0 zero.
+    torch.testing.assert_close(got, x.cpu() + 0.0, rtol=0, atol=0, equal_nan=True)
+
+
 def test_no_samples_no_filters_no_channels(kernels):
     for case in (Case(batch=0), Case(filters=0), Case(channels=0, filters=2)):
         x, weight, packed, bias = case.make()

@@ -43,5 +43,5 @@ EXPECTED = [
     *tile(1, 1, 7, most=2.3),
     *tile(1, 1, 4, most=3.2),
     Expected(kernel="conv_direct", must=("FFMA",), must_not=("ATOM", "RED"), blocks=4),
-    Expected(kernel="widen_values", must_not=("ATOM", "RED"), blocks=4),
+    Expected(kernel="widen_elements", must=("LDG.128", "STG.128"), blocks=4),
 ]
