@@ -3,8 +3,8 @@
     PYTHONPATH=benchmarks python -m gpu --out benchmarks/results/gpu
 
 Needs a CUDA device, torch with CUDA, Triton, pytest and the installed package; no network. Writes
-gpu.json, README.md, plots and tests.txt. Benchmarks that do not fit into --budget seconds are
-listed as not run. Exit code: 0 all well, 1 something failed, 2 no GPU.
+gpu.json, README.md, plots, tests.txt and sanitizers.txt. Benchmarks that do not fit into --budget
+seconds are listed as not run. Exit code: 0 all well, 1 something failed, 2 no GPU.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ NATIVE = ("tests/kernels/test_*.py", "tests/csrc/test_cuda_*.py")
 NEEDLESS = {"test_aot.py", "test_jit.py", "test_tiles.py", "test_cuda_machine_code.py"}
 # Seconds for compute-sanitizer's memcheck and racecheck over the CUDA C++ kernels.
 SANITIZE_S = 60
+# Of the seconds for everything, at most so much for the tests.
+TESTS_SHARE = 0.4
 # Tests mostly wait for the compiler.
 TEST_PROCESSES = 6
 
@@ -92,6 +94,18 @@ def run_tests(out: pathlib.Path, limit_s: float) -> dict[str, object]:
     (out / "tests.txt").write_text(text.replace(str(ROOT), "."))
     lines = text.strip().splitlines() or ["no output"]
     return {"passed": code == 0, "summary": lines[-1], "seconds": time.monotonic() - start}
+
+
+def run_sanitizers(out: pathlib.Path, limit_s: float) -> str:
+    """Run memcheck and racecheck over the CUDA C++ kernels; write and return what they say."""
+    program = str(ROOT / "tests" / "cuda_host" / "compute_sanitizer.py")
+    command = [sys.executable, program, "--seconds", f"{limit_s:.0f}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    text = (done.stdout + done.stderr).replace(str(ROOT), ".")
+    (out / "sanitizers.txt").write_text(text)
+    words = {0: "clean", 1: "REPORTED ERRORS", 2: "could not run", 3: "not finished in time"}
+    lines = text.strip().splitlines() or ["no output"]
+    return f"{words.get(done.returncode, 'failed')} ({lines[0]})"
 
 
 def run_benchmarks(deadline: float, only: set[str]) -> tuple[list[dict], list[str]]:
@@ -150,8 +164,11 @@ def main(arguments: list[str] | None = None) -> int:
     result: dict = {"machine": machine(), "problems": build_problems(), "rows": []}
     result["tests"] = {"passed": False, "summary": "not run"}
     if not result["problems"]:
-        result["tests"] = run_tests(options.out, options.budget / 2)
+        result["tests"] = run_tests(options.out, options.budget * TESTS_SHARE)
+        result["sanitizers"] = run_sanitizers(options.out, SANITIZE_S)
         result["rows"], missing = run_benchmarks(deadline, only)
+        if "ERRORS" in result["sanitizers"]:
+            missing.append(f"sanitizers: {result['sanitizers']}")
         result["problems"] += missing
     (options.out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
     write_page(result, options.out)

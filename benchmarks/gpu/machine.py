@@ -11,18 +11,19 @@ import subprocess
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SERVED = {
-    "activity_stats_": "cuda c++",
-    "masked_linear": "triton",
-    "masked_linear_grad_x": "triton",
-    "masked_linear_grad_weight": "triton",
-    "block_linear": "triton",
-    "block_linear_grad_x": "triton",
-    "block_linear_grad_values": "triton",
-    "block_conv2d": "triton",
-    "block_conv2d_grad_x": "triton",
-    "block_conv2d_grad_values": "triton",
-}
+TRITON = (
+    "masked_linear", "masked_linear_grad_x", "masked_linear_grad_weight", "pack_mask_bits",
+    "block_linear", "block_linear_grad_x", "block_linear_grad_values",
+    "block_conv2d", "block_conv2d_grad_x", "block_conv2d_grad_values",
+)  # fmt: skip
+COMPILED = (
+    "activity_stats_", "patch_gram", "gram_norms_", "mass_mask", "top_k_mask",
+    "bitmap_linear", "bitmap_to_dense", "bitmap_linear_grad_values",
+    "delta_linear", "delta_to_dense", "delta_linear_grad_values",
+    "semi_structured_linear", "semi_structured_pack", "semi_structured_to_dense",
+    "semi_structured_take", "kernelwise_conv2d",
+)  # fmt: skip
+SERVED = dict.fromkeys(TRITON, "triton") | dict.fromkeys(COMPILED, "cuda c++")
 
 
 def _output(*command: str) -> str:

@@ -21,6 +21,7 @@ def markdown(result: dict) -> str:
     if rows:
         lines += [f"* {key}: {value}" for key, value in result["machine"].items()]
         lines += [f"* tests: {result['tests']['summary']}"]
+        lines += [f"* compute-sanitizer: {result.get('sanitizers', 'not run')}"]
         lines += [f"* problem: {text}" for text in result["problems"]]
         lines += ["", HOW]
     else:

@@ -8,6 +8,8 @@ from cpu.plots import COLOURS, GREY, draw_all
 
 from gpu.page import roofline
 
+TOKENS_SHOWN = (1, 4, 16, 64, 256)  # as many lines as there are colours
+
 
 def draw(rows: list[dict], out: pathlib.Path) -> dict[str, str]:
     """Write the plots whose rows are there; return file name -> what it shows."""
@@ -15,7 +17,7 @@ def draw(rows: list[dict], out: pathlib.Path) -> dict[str, str]:
 
 
 def curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Return panel -> line -> [(sparsity, best ratio of ours)], of blocks and convolutions."""
+    """Return panel -> line -> [(sparsity, best ratio of ours)], of all that have sparsities."""
     best: dict[str, dict[str, dict[float, float]]] = {}
     for row in rows:
         where = row["where"]
@@ -24,6 +26,14 @@ def curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[float, float]]]]:
         if where["op"] == "block_linear":
             n, k = where["shape"]
             panel, line = f"{where['tokens']} tokens, {n}x{k}", where["block"]
+        elif where["op"] == "unstructured_linear":
+            n, k = where["shape"]
+            panel, line = f"single weights, {n}x{k}", f"{where['tokens']} tokens"
+            if where["tokens"] not in TOKENS_SHOWN:
+                continue
+        elif where["op"] == "kernelwise_conv2d":
+            panel = f"kernels of 3x3 convolutions, {where['dtype']}"
+            line = f"{where['batch']} x {where['channels']} at {where['side']}"
         elif where["op"] == "block_conv2d":
             panel = f"3x3 convolutions, {where['block']}"
             line = f"{where['batch']} x {where['channels']} at {where['side']}, /{where['stride']}"
