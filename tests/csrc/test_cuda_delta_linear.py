@@ -147,6 +147,22 @@ def packed_fillers(packed: Delta):
     return row[at], column[at], at
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8])
+def test_products_are_left_out_for_minus_zero_alone(kernels, tokens):
+    inf, nan = float("inf"), float("nan")
+    value = torch.tensor([-0.0, 0.0, 1.5, -1e-45, inf, nan, -0.0, -2.0])
+    x = torch.randn(8, tokens)
+    x[0], x[1], x[6, 0] = nan, inf, -inf
+    sums = torch.randn(8, tokens)
+    want = torch.where(
+        is_filler(value)[:, None], sums, torch.addcmul(sums.double(), value[:, None], x).float()
+    )
+    got = sums.to(kernels.device)
+    kernels.probe("products")(value.to(kernels.device), x.to(kernels.device), got)
+    torch.testing.assert_close(got.cpu(), want, equal_nan=True)
+    assert torch.equal(got.cpu()[is_filler(value)], sums[is_filler(value)])
+
+
 @pytest.mark.parametrize("bits", [4, 5, 6, 8])
 def test_kept_zeros_pass_nan_on(kernels, bits):
     weight = torch.zeros(3, 50, dtype=torch.bfloat16)
