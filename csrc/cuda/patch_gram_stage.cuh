@@ -34,7 +34,7 @@ struct PatchByPatch {
 
 // Loads that a thread issues before the first use of any: there are few blocks to hide their
 // latency. Lanes over pixels: kOwnPixels of kOwnMaps maps; lanes over maps: kOwnColumns of a row.
-constexpr int kOwnMaps = 8, kOwnPixels = 2, kOwnColumns = 12;
+constexpr int kOwnMaps = 8, kOwnPixels = 2, kOwnColumns = 10;
 
 __device__ inline bool within(int at, int size) { return unsigned(at) < unsigned(size); }
 
@@ -75,6 +75,24 @@ __device__ void stage_by_pixels(float* tile, const T* const* origin, const Maps&
   }
 }
 
+// Columns c to c + kOwnColumns of a staged row, of which those in [begin, end) are in the map.
+// kAll: all are, and need no comparison each.
+template <bool kAll, typename T>
+__device__ inline void stage_columns(float* to, const T* from, int c, int begin, int end,
+                                     int columns, int column_stride) {
+  float value[kOwnColumns];
+#pragma unroll
+  for (int k = 0; k < kOwnColumns; ++k) {
+    const bool inside = kAll || (c + k >= begin && c + k < end);
+    value[k] = 0.f;
+    if (inside) value[k] = fabsf(to_float(load_global(from + (c + k) * column_stride)));
+  }
+#pragma unroll
+  for (int k = 0; k < kOwnColumns; ++k) {
+    if (kAll || c + k < columns) to[k * kPitch] = value[k];
+  }
+}
+
 template <typename T>
 __device__ void stage_by_maps(float* tile, const T* const* origin, const Maps& maps,
                               const Rectangle& place) {
@@ -84,21 +102,16 @@ __device__ void stage_by_maps(float* tile, const T* const* origin, const Maps& m
     const int row = place.top + r;
     // Columns of the rectangle that lie in the map.
     const int begin = place.left < 0 ? -place.left : 0;
-    const int end = within(row, maps.rows) ? maps.columns - place.left : 0;
+    const int behind = within(row, maps.rows) ? maps.columns - place.left : 0;
+    const int end = behind < place.columns ? behind : place.columns;
     const T* const from =
         origin[lane] + (row * maps.row_stride + place.left * maps.column_stride);
     for (int c = 0; c < place.columns; c += kOwnColumns) {
-      float value[kOwnColumns];
-#pragma unroll
-      for (int k = 0; k < kOwnColumns; ++k) {
-        const bool inside = c + k >= begin && c + k < end && c + k < place.columns;
-        value[k] = 0.f;
-        if (inside) value[k] = fabsf(to_float(load_global(from + (c + k) * column_stride)));
-      }
       float* const to = tile + (r * place.columns + c) * kPitch + lane;
-#pragma unroll
-      for (int k = 0; k < kOwnColumns; ++k) {
-        if (c + k < place.columns) to[k * kPitch] = value[k];
+      if (c >= begin && c + kOwnColumns <= end) {
+        stage_columns<true>(to, from, c, begin, end, place.columns, column_stride);
+      } else {
+        stage_columns<false>(to, from, c, begin, end, place.columns, column_stride);
       }
     }
   }
