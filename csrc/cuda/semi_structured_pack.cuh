@@ -16,6 +16,7 @@
 namespace liveweight::cuda::two_of_four {
 
 constexpr int kPackThreads = 256;
+constexpr uint16_t kFiller = 0x8000;  // -0.0 in bf16 and fp16
 
 struct DenseShape {
   int64_t rows, columns;  // N, K
@@ -98,18 +99,20 @@ __device__ inline uint32_t pick_pair(const Group& group, uint32_t code) {
   return pick(group, code & 3u) | pick(group, code >> 2) << 16;
 }
 
-// The inverse: the entries at their columns, zeros between them.
+// The inverse: the entries at their columns, zeros between them and for fillers.
 __device__ inline Group spread_pair(uint32_t pair, uint32_t code) {
-  const uint64_t low = uint64_t(pair & 0xffffu) << 16 * (code & 3u);
-  const uint64_t both = low | uint64_t(pair >> 16) << 16 * (code >> 2);
+  const uint32_t first = pair & 0xffffu, second = pair >> 16;
+  const uint64_t low = uint64_t(first == kFiller ? 0 : first) << 16 * (code & 3u);
+  const uint64_t both = low | uint64_t(second == kFiller ? 0 : second) << 16 * (code >> 2);
   return {uint16_t(both), uint16_t(both >> 16), uint16_t(both >> 32), uint16_t(both >> 48)};
 }
 
-// -0 as +0; entries that are not kept as +0.
+// Kept zeros as +0, what is not kept as fillers.
 __device__ inline void clean(Group& group, uint32_t bits) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if ((bits >> i & 1u) == 0 || (group.word[i] & 0x7fffu) == 0) group.word[i] = 0;
+    if ((group.word[i] & 0x7fffu) == 0) group.word[i] = 0;
+    if ((bits >> i & 1u) == 0) group.word[i] = kFiller;
   }
 }
 

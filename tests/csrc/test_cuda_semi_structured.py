@@ -11,10 +11,12 @@ from liveweight.formats import semi_structured as layout
 HALVES = [torch.bfloat16, torch.float16]
 
 
-def two_of_four(N: int, K: int, dtype: torch.dtype) -> torch.Tensor:
-    order = torch.rand(N, -(-K // 4), 4).argsort(-1)
-    few = torch.randint(0, 5, (N, -(-K // 4), 1)).clamp(max=2)  # most groups keep two, some fewer
-    return (torch.randn(N, K) * (order < few).flatten(1)[:, :K]).to(dtype)
+def two_of_four(N: int, K: int, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+    groups = (N, -(-K // 4))
+    order = torch.rand(*groups, 4, device=device).argsort(-1)
+    # Most groups keep two, some fewer.
+    few = torch.randint(0, 5, (*groups, 1), device=device).clamp(max=2)
+    return (torch.randn(N, K, device=device) * (order < few).flatten(1)[:, :K]).to(dtype)
 
 
 def misaligned(x: torch.Tensor, offset: int, device: torch.device) -> torch.Tensor:
@@ -194,7 +196,7 @@ def test_launchers_refuse_what_they_cannot_take(kernels):
 def test_large_products_repeat_to_the_bit_and_run_in_a_cuda_graph(gpu):
     op = torch.ops.liveweight.semi_structured_linear
     for M, N, K in [(1, 4096, 4096), (8, 11008, 4096), (16, 4096, 14336), (40, 512, 16384)]:
-        weight = two_of_four(N, K, torch.bfloat16).to(gpu)
+        weight = two_of_four(N, K, torch.bfloat16, gpu)
         values, meta, _ = torch.ops.liveweight.semi_structured_pack(weight, None)
         x, bias = torch.randn(M, K, device=gpu).bfloat16(), torch.randn(N, device=gpu).bfloat16()
         first = op(x, values, meta, N, bias, 1, False)

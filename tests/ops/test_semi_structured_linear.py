@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from liveweight import reference
 from liveweight.formats import NM, SemiStructured
 from liveweight.formats import semi_structured as layout
+from liveweight.formats.delta import is_filler
 from liveweight.ops import nm_linear
 
 ACTIVATIONS = {None: lambda y: y, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": None}
@@ -17,6 +18,11 @@ ACTIVATIONS = {None: lambda y: y, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": N
 def two_of_four(N: int, K: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     order = torch.rand(N, -(-K // 4), 4).argsort(-1)
     return (torch.randn(N, K) * (order < 2).flatten(1)[:, :K]).to(dtype)
+
+
+def kept_of(dense: torch.Tensor, packed: SemiStructured) -> torch.Tensor:
+    """Return a dense gradient's entries as values have them: 0 for fillers."""
+    return layout.take(dense, packed.meta).masked_fill(is_filler(packed.values), 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -77,23 +83,41 @@ def test_gradients_are_those_of_the_dense_layer(activation):
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(inputs[0].grad, dense[0].grad)
     torch.testing.assert_close(inputs[2].grad, dense[2].grad)
-    torch.testing.assert_close(inputs[1].grad, layout.take(dense[1].grad, packed.meta))
+    torch.testing.assert_close(inputs[1].grad, kept_of(dense[1].grad, packed))
 
 
 def test_gradcheck():
     packed = SemiStructured.from_dense(two_of_four(3, 9).double())
     inputs = [torch.randn(2, 9).double(), packed.values, torch.randn(3).double()]
-    # Entries beyond W are no inputs: their gradient is zero, and no difference shows that.
-    inside = layout.take(torch.ones(3, 9).double(), packed.meta).bool()
+    inside = ~is_filler(packed.values)  # fillers are no inputs
     numbers = packed.values[inside].clone()
 
     def run(x, numbers, bias):
-        values = torch.zeros_like(packed.values).masked_scatter(inside, numbers)
+        values = packed.values.masked_scatter(inside, numbers)
         weight = SemiStructured(values, packed.meta, packed.shape)
         return nm_linear(x, weight, bias, activation="gelu")
 
     inputs[1] = numbers
     assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in inputs])
+
+
+def test_pruned_weights_stay_pruned_while_training():
+    weight = two_of_four(16, 64) * (torch.rand(16, 64) < 0.6)
+    packed = SemiStructured.from_dense(weight)
+    values = torch.nn.Parameter(packed.values.clone())
+    trained = SemiStructured(values, packed.meta, packed.shape)
+    kinds = (
+        torch.optim.SGD([values], lr=0.1, momentum=0.9, weight_decay=0.01),
+        torch.optim.AdamW([values], lr=0.1),
+    )
+    for optimizer in kinds:
+        for _ in range(3):
+            optimizer.zero_grad()
+            nm_linear(torch.randn(8, 64), trained).square().sum().backward()
+            optimizer.step()
+    assert torch.equal(trained.to_dense() != 0, weight != 0)
+    assert torch.equal(is_filler(values), is_filler(packed.values))
+    assert not torch.equal(trained.to_dense(), weight)
 
 
 def test_opcheck():
@@ -167,7 +191,7 @@ def test_gpu_layer_and_gradients(gpu, M, dtype):
     got.sum().backward()
     want.sum().backward()
     for tensor, expected in zip(
-        inputs, (dense[0].grad, layout.take(dense[1].grad, packed.meta), dense[2].grad), strict=True
+        inputs, (dense[0].grad, kept_of(dense[1].grad, packed), dense[2].grad), strict=True
     ):
         scale = float(expected.abs().max())
         torch.testing.assert_close(tensor.grad.double(), expected, rtol=0, atol=0.03 * scale)

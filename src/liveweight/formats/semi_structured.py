@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from liveweight.formats import pattern
+from liveweight.formats.delta import is_filler
 
 TILE_ROWS, TILE_COLUMNS = 16, 128  # of W: what a warp multiplies between two loads of indices
 _STEP = 32  # columns of one mma.sp.m16n8k32
@@ -36,9 +37,10 @@ class SemiStructured(pattern.PackedWeight):
             step 2 w + s: what mma.sp::ordered_metadata reads with selector s
     shape   (N, K) = (out_features, in_features)
 
-    A group that keeps fewer than two entries stores zeros at its lowest free columns. They are
-    entries like any other: infinity and NaN of x meet them, and gradients reach them. Zeros are
-    stored as +0. The constructor stores what it is given; ``validate`` checks it.
+    A group that keeps fewer than two entries is filled up at its lowest free columns. Fillers, and
+    what stands beside W, have the value -0.0; a kept -0.0 is stored as 0.0. Fillers get no
+    gradient, but infinity and NaN of x meet them.
+    The constructor stores what it is given; ``validate`` checks it.
     """
 
     name: ClassVar[str] = "semi_structured"
@@ -107,9 +109,9 @@ class SemiStructured(pattern.PackedWeight):
 
     @property
     def density(self) -> float:
-        """Fraction of entries stored: a half where K is a multiple of four; 0 where W is empty."""
+        """Fraction of entries kept, in [0, 1/2]; 0 where there are none."""
         N, K = self.shape
-        return (K // 4 * 2 + min(K % 4, 2)) / K if N and K else 0.0
+        return int((~is_filler(self.values)).sum()) / (N * K) if N and K else 0.0
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.values, self.meta
@@ -135,18 +137,20 @@ def pack(weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         kept = torch.zeros_like(padded, dtype=torch.bool)
         kept[: mask.shape[0], : mask.shape[1]] = mask
         kept = kept.view(groups.shape)
-        groups = groups.masked_fill(~kept, 0)
     bits = kept.to(torch.uint8)
     masks = bits[..., 0] + 2 * bits[..., 1] + 4 * bits[..., 2] + 8 * bits[..., 3]
     codes = torch.tensor(CODES, dtype=torch.uint8, device=weight.device)[masks.long()]
     crowded = (codes == 0).any().to(torch.int32).view(1)
-    pairs = groups.gather(2, columns_of(codes))
-    return write_values(pairs.masked_fill(pairs == 0, 0)), write_codes(codes), crowded
+    places = columns_of(codes)
+    pairs = groups.gather(2, places)
+    pairs = pairs.masked_fill(pairs == 0, 0).masked_fill(~kept.gather(2, places), -0.0)
+    return write_values(pairs), write_codes(codes), crowded
 
 
 def unpack(values: Tensor, meta: Tensor, shape: tuple[int, int]) -> Tensor:
     """Return W [N, K], a new tensor: the inverse of pack."""
     pairs, codes = read_values(values), read_codes(meta)
+    pairs = pairs.masked_fill(is_filler(pairs), 0)
     dense = values.new_zeros(*codes.shape, 4).scatter(2, columns_of(codes), pairs)
     return dense.flatten(1)[: shape[0], : shape[1]].contiguous()
 

@@ -77,7 +77,7 @@ class SemiStructuredDelta(pattern.PackedWeight):
 
     @property
     def density(self) -> float:
-        """Fraction of entries stored, fillers of first among them; 0 where there are none."""
+        """Fraction of entries kept, in [0, 1]; 0 where there are none."""
         return self.first.density + self.rest.density
 
     def _tensors(self) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from liveweight import _library, reference
+from liveweight.formats.delta import is_filler
 from liveweight.formats.semi_structured import TILE_COLUMNS, tiles_of
 from liveweight.ops.activation import activation_grad
 from liveweight.ops.semi_structured_torch import find_backend
@@ -78,10 +79,11 @@ def run_forward(
 
 
 class SemiStructuredLinear(torch.autograd.Function):
-    """grad_x = G W, grad_W[n, k] = sum_m G[m, n] x[m, k] where stored, G = grad act'(.).
+    """grad_x = G W, grad_W[n, k] = sum_m G[m, n] x[m, k] where kept, G = grad act'(.).
 
     Both at the cost of a dense layer: W is written out, and the product is formed whole before its
-    stored entries are taken. ReLU's derivative is read from the output, GELU's from its input.
+    kept entries are taken; fillers get 0. ReLU's derivative is read from the output, GELU's from
+    its input.
     """
 
     @staticmethod
@@ -105,7 +107,7 @@ class SemiStructuredLinear(torch.autograd.Function):
             grad_x = grad @ run(values, meta, (grad.shape[1], x.shape[1]))
         if ctx.needs_input_grad[1]:
             run = _op_take if compiled else reference.semi_structured_take
-            grad_values = run(grad.t() @ x, meta)
+            grad_values = run(grad.t() @ x, meta).masked_fill_(is_filler(values), 0)
         if ctx.needs_input_grad[4]:
             grad_bias = grad.sum(0)
         return grad_x, grad_values, None, None, grad_bias, None, None
