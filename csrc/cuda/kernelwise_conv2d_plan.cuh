@@ -193,7 +193,7 @@ inline double tile_cost(const ConvTile& t, const ConvShape& c) {
   const double kept = double(c.kept) / (double(c.group_filters) * c.groups);
   const double filter = kernel * kept + t.rows * 20;
   const double staged = double(t.images) * t.staged_rows * t.staged_columns / 32;
-  const double block = (filters * filter + c.group_channels * 3 * staged) / 4 + 1000;
+  const double block = (filters * filter + c.group_channels * 6 * staged) / 4 + 1000;
   const double way = (filters > t.warps ? 2 : 1) * filter + 2000;
   const double all = block * double(divide_up(t.blocks(c.groups), kMultiprocessors));
   return all > way ? all : way;
