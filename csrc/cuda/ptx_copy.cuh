@@ -6,6 +6,7 @@
 #pragma once
 
 #include "ptx.cuh"
+#include "ptx_shared.cuh"
 
 namespace liveweight::cuda {
 
@@ -28,17 +29,6 @@ __device__ inline void cp_async16(void* shared, const void* global, bool valid =
 #endif
 }
 
-// A place in shared memory as the instructions take it, in bytes: half the arithmetic of a pointer.
-#if defined(__CUDACC__)
-using SharedAddress = uint32_t;
-__device__ inline SharedAddress shared_address(void* shared) {
-  return uint32_t(__cvta_generic_to_shared(shared));
-}
-#else
-using SharedAddress = unsigned char*;
-inline SharedAddress shared_address(void* shared) { return static_cast<SharedAddress>(shared); }
-#endif
-
 // cp.async.ca.shared.global of 4 bytes: both addresses on 4-byte boundaries.
 __device__ inline void cp_async4(SharedAddress shared, const void* global) {
 #if defined(__CUDACC__)
@@ -47,7 +37,7 @@ __device__ inline void cp_async4(SharedAddress shared, const void* global) {
   auto& machine = cuda_host::machine;
   if (reinterpret_cast<uintptr_t>(shared) % 4) machine.fail("cp_async4: misaligned destination");
   if (reinterpret_cast<uintptr_t>(global) % 4) machine.fail("cp_async4: misaligned source");
-  machine.self().copies.issue(shared, global, 4);
+  machine.self().copies.issue(const_cast<unsigned char*>(shared), global, 4);
 #endif
 }
 
