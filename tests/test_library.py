@@ -25,7 +25,7 @@ def registered(monkeypatch):
             kernels[name, key] = kernel
 
     monkeypatch.setattr(_library, "lib", Library())
-    monkeypatch.setattr(_library, "_triton_ops", set())
+    monkeypatch.setattr(_library, "_served_by", {})
     monkeypatch.setitem(_library._references, "masked_linear", lambda *args: ("reference", args))
     _library.register_triton("masked_linear", lambda *args: ("kernel", args))
     return kernels["masked_linear", "CUDA"]

@@ -17,13 +17,14 @@ TRITON = (
     "block_conv2d", "block_conv2d_grad_x", "block_conv2d_grad_values",
 )  # fmt: skip
 COMPILED = (
-    "activity_stats_", "patch_gram", "gram_norms_", "mass_mask", "top_k_mask",
+    "activity_stats_", "patch_gram", "gram_norms_", "mass_mask", "top_k_mask", "signal_mask",
     "bitmap_linear", "bitmap_to_dense", "bitmap_linear_grad_values",
     "delta_linear", "delta_to_dense", "delta_linear_grad_values",
     "semi_structured_linear", "semi_structured_pack", "semi_structured_to_dense",
     "semi_structured_take", "kernelwise_conv2d",
 )  # fmt: skip
 SERVED = dict.fromkeys(TRITON, "triton") | dict.fromkeys(COMPILED, "cuda c++")
+SERVED["semi_structured_torch_linear"] = "torch"
 
 
 def _output(*command: str) -> str:

@@ -28,7 +28,7 @@ for _name, _schema in SCHEMAS.items():
 # Triton kernels use asynchronous copies and bfloat16 products, which older GPUs do not have.
 OLDEST_GPU = 80
 
-_triton_ops: set[str] = set()
+_served_by: dict[str, str] = {}  # op -> what serves it on CUDA, where no library of ours does
 _references: dict[str, Callable] = {}
 
 
@@ -132,7 +132,13 @@ def register_triton(name: str, launch: Callable) -> None:
         return reference(first, *args)
 
     lib.impl(name, kernel, "CUDA")
-    _triton_ops.add(name)
+    _served_by[name] = "triton"
+
+
+def register_torch(name: str, launch: Callable) -> None:
+    """Register what calls a library that PyTorch brings as the CUDA kernel of an op."""
+    lib.impl(name, launch, "CUDA")
+    _served_by[name] = "torch"
 
 
 def _has_kernel(name: str, key: str) -> bool:
@@ -145,13 +151,16 @@ def cpu_isa() -> str:
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """Return op -> device -> who serves it: "c++ (isa)", "cuda c++", "triton" or "reference"."""
+    """Return op -> device -> who serves it.
+
+    "c++ (isa)", "cuda c++", "triton", "torch" (a library that PyTorch brings) or "reference".
+    """
     table = {}
     for name in SCHEMAS:
         cpu = f"c++ ({cpu_isa()})" if _has_kernel(name, "CPU") else "reference"
         cuda = "reference"
-        if name in _triton_ops:
-            cuda = "triton"
+        if name in _served_by:
+            cuda = _served_by[name]
         elif _has_kernel(name, "CUDA"):
             cuda = "cuda c++"
         table[name] = {"cpu": cpu, "cuda": cuda}

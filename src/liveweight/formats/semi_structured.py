@@ -78,6 +78,12 @@ class SemiStructured(pattern.PackedWeight):
             )
         return unpack(self.values, self.meta, self.shape)
 
+    def mask(self) -> Tensor:
+        """Return which entries are stored: bool [N, K]; fillers are none."""
+        values = self.values.detach()
+        marked = torch.where(is_filler(values), values, torch.ones_like(values))
+        return unpack(marked, self.meta, self.shape) != 0
+
     def validate(self) -> SemiStructured:
         """Return self if all invariants of the class hold; raise TypeError or ValueError if not."""
         if len(self.shape) != 2 or min(self.shape) < 0:

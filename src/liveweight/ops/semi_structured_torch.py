@@ -204,4 +204,4 @@ def pad_to(x: Tensor, rows: int, columns: int) -> Tensor:
     return functional.pad(x, (0, beside, 0, below)) if below or beside else x
 
 
-_library.lib.impl("semi_structured_torch_linear", torch_linear, "CUDA")
+_library.register_torch("semi_structured_torch_linear", torch_linear)
