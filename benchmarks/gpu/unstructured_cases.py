@@ -78,7 +78,8 @@ def _case(dense: DenseWeights, sparsity: float) -> Case:
         kinds["delta_linear"] = (formats.Delta, ops.delta_linear)
     ours, work = {}, {}
     for name, (kind, op) in kinds.items():
-        packed = [kind.from_dense(w) for w in pruned]
+        options = {"tokens": M} if kind is formats.Delta else {}
+        packed = [kind.from_dense(w, **options) for w in pruned]
         check(name, op(dense.x[0], packed[0], dense.bias), want, tolerance_of(dense.dtype))
         ours[name] = lambda i, op=op, p=packed: op(dense.x[i], p[i], dense.bias)
         work[name] = ((1 - sparsity) * dense.flops, dense.moved + packed[0].nbytes)

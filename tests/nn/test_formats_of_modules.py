@@ -195,6 +195,13 @@ def test_two_of_four_is_seen_with_ragged_ends():
     assert not fits_two_of_four(weight)
 
 
+def test_deltas_are_laid_out_for_the_samples_of_a_call():
+    layer = linear("delta")
+    one, eight = (SparseLinear.from_dense(layer, "delta", samples=n) for n in (1, 8))
+    assert one.pack().layout != eight.pack().layout
+    assert torch.equal(one.weight, eight.weight)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("format", ["auto", "unstructured", "nm"])

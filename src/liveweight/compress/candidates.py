@@ -177,6 +177,8 @@ def _candidate(chain: Chain, plan: Plan) -> Candidate:
     else:
         if plan.format == "block" and isinstance(layer, nn.Linear) and chain.x.is_cuda:
             options["block"] = swap.gpu_block(layer, chain.x.shape[:-1].numel())
+        if plan.format == "delta":
+            options["samples"] = chain.x.shape[:-1].numel()
         module = swap.make_sparse(layer, plan.format, pool=pool, **options)
     module.train(chain.layer.training)
     return Candidate(plan.label, plan.format, module, absorbed, rest)

@@ -72,6 +72,7 @@ def make_sparse(
     keep: Tensor | None = None,
     layout: str | None = None,
     block: tuple[int, int] | None = None,
+    samples: int | None = None,
 ) -> nn.Module:
     """Return the sparse module of a Linear or Conv2d; zeros of its weight are the pattern.
 
@@ -79,11 +80,12 @@ def make_sparse(
     keep   bool, entries or whole kernels that stay in the pattern although they are zero
     layout  of a convolution's output; None: like its input
     block   (rows, columns) for the format "block"; None: what its from_dense takes
+    samples  rows of a Linear's input, where a format's layout depends on them
 
     Raises what its from_dense raises.
     """
     if isinstance(dense, nn.Linear):
-        options = {"activation": activation, "mask": keep, "block": block}
+        options = {"activation": activation, "mask": keep, "block": block, "samples": samples}
         module = sparse_nn.SparseLinear.from_dense(dense, name, **options)
     else:
         module = sparse_nn.SparseConv2d.from_dense(

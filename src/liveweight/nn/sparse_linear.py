@@ -88,6 +88,7 @@ class SparseLinear(SparseModule):
         activation: str | None = None,
         mask: Tensor | None = None,
         block: tuple[int, int] | None = None,
+        samples: int | None = None,
     ) -> SparseLinear:
         """Return a module with the numbers of linear; zeros of its weight are not stored.
 
@@ -99,6 +100,7 @@ class SparseLinear(SparseModule):
         mask    bool like weight: what is stored, zeros included; default: what is not zero
         block   (rows, columns) of a block for "block"; default: what stores the fewest zeros; on
                 a GPU what should cost least for many samples (Block.best_block)
+        samples  that calls mostly have, for "delta" (Delta.from_dense's tokens); default: 1
 
         Masks of torch.nn.utils.prune and mask buffers are applied first. The new module is in the
         mode (training or not) of linear and its tensors are copies.
@@ -120,6 +122,8 @@ class SparseLinear(SparseModule):
         if kind is Block:
             kept = weight if mask is None else mask.to(weight.dtype)
             options["block"] = block if block is not None else Block.best_block(kept)[0]
+        if kind is Delta and samples is not None:
+            options["tokens"] = max(1, samples)
         packed = kind.from_dense(weight, mask, **options)
         module = cls(packed, read_dense(linear, "bias"), activation=activation)
         return module.train(linear.training)
