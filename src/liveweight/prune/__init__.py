@@ -6,9 +6,13 @@ must offer.
 """
 
 from liveweight.prune.activity import Activity, Observer
+from liveweight.prune.activity_criteria import Ria, Wanda
 from liveweight.prune.arrange import cluster_rows
+from liveweight.prune.brain_damage import Obd, ObdSd
 from liveweight.prune.cluster import cluster_
 from liveweight.prune.cluster_report import ClusterReport, ClusterRow
+from liveweight.prune.dropout_damage import DropoutDamage
+from liveweight.prune.gradient_criteria import Snip, Taylor
 from liveweight.prune.importances import (
     Importance,
     LayerScore,
@@ -25,9 +29,21 @@ from liveweight.prune.report import LayerRow, PruneReport, Scores
 from liveweight.prune.residual import ShortcutMask
 from liveweight.prune.retrain import load_state_, recalibrate_bn_, rewind_
 from liveweight.prune.structure import check_structure
+from liveweight.prune.unit_criteria import Apoz, FiringRate
 from liveweight.prune.verbs import prune_, score
+from liveweight.prune.weight_criteria import Lamp
 
 __all__ = [
+    "DropoutDamage",
+    "FiringRate",
+    "Apoz",
+    "Wanda",
+    "Taylor",
+    "Snip",
+    "Ria",
+    "ObdSd",
+    "Obd",
+    "Lamp",
     "Activity",
     "ClusterReport",
     "ClusterRow",

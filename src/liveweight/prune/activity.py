@@ -92,10 +92,11 @@ class Counted:
 
 
 class Activity(Counted):
-    """Mean of |x| over samples, by one read of the activations.
+    """Means over samples of |x| and of x^2, by one read of the activations.
 
     kind "linear": x [..., K], per feature; kind "conv": x [N, C, H, W], per map position.
-    mean     float64 [K] or [C, H, W]: sum of |x| / number of samples (of rows, for "linear")
+    mean         float64 [K] or [C, H, W]: sum of |x| / number of samples (of rows, for "linear")
+    mean_square  the same of x^2
     """
 
     def __init__(self, kind: str) -> None:
@@ -129,6 +130,10 @@ class Activity(Counted):
     @property
     def mean(self) -> Tensor:
         return (self._stats[0] / max(self.samples, 1)).reshape(self.shape)
+
+    @property
+    def mean_square(self) -> Tensor:
+        return (self._stats[1] / max(self.samples, 1)).reshape(self.shape)
 
 
 class Alive:

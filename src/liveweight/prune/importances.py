@@ -19,7 +19,7 @@ from liveweight._check import near_misses
 from liveweight.prune.activity import Observer
 
 SCORED = ("weight", "kernel")  # what one score stands for
-GRANULARITIES = (*SCORED, "block", "vnm")  # what is removed together
+GRANULARITIES = (*SCORED, "block", "vnm", "neuron")  # what is removed together
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,23 @@ class Importance(Protocol):
     """What `lw.prune_` and `lw.score` ask of an importance.
 
     name                       shown in reports
-    default_granularity(kind)  "weight" or "kernel" for a kind of layer, "linear" or "conv"
+    default_granularity(kind)  "weight", "kernel" or "neuron" for a kind of layer, "linear" or
+                               "conv"
     observer(target)           what to collect of the layer's input (a prune.Observer, which sees
                                every input batch), or None where the score needs no data
     score(target, seen)        the scores as a LayerScore; `seen` is the filled observer or None
 
+    Instead of observing inputs, an importance may run the model itself (gradients, dropout):
+    collect(model, targets, data)  returns `seen` by layer name; observer is then not asked
+
+    A default_granularity of "neuron" for both kinds says that only whole units can be scored; their
+    scores come as equal shares of their connections' (unit_criteria.spread_units).
+
     Optional attributes, with what holds where they are missing:
     needs_data     True refuses to run without data                       (False)
+    needs_labels   True: the data must be batches (input, labels)         (False)
+    needs_gradients  True: not under torch.inference_mode                 (False)
+    cost           words for `liveweight list importances`                ("a look at the weights")
     ties           "stable" or "authors", the tie rule of the mass rule   ("stable")
     phases         kinds that are scored together, in order; later phases see the pruned weights of
                    the earlier ones                                       ((("conv", "linear"),))

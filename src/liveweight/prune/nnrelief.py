@@ -59,6 +59,7 @@ class NNRelief:
 
     name = "nnrelief"
     needs_data = True
+    cost = "one or two forward passes, one read of each layer's input"
     phases = (("conv",), ("linear",))
     dead_units = True
     residual = True

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from liveweight._graph import Graph, Layer
 from liveweight.prune import residual
-from liveweight.prune.activity import Alive, Observer, Watch, observe
+from liveweight.prune.activity import Alive, Watch, observe
 from liveweight.prune.importances import Importance, LayerScore, Target
 from liveweight.prune.plan import Plan, drop_dead
 from liveweight.prune.select import Rule, select
@@ -26,15 +26,22 @@ class Scoring:
     def __init__(self, importance: Importance, targets: dict[str, Target]) -> None:
         self._importance = importance
         self._targets = targets
-        self._seen: dict[str, Observer | None] = {
-            name: importance.observer(target) for name, target in targets.items()
-        }
+        self._collects = hasattr(importance, "collect")
+        self._seen: dict[str, object] = {}
+        if not self._collects:
+            self._seen = {name: importance.observer(target) for name, target in targets.items()}
         self.called = {name for name, seen in self._seen.items() if seen is None}
         self.watches = [
             Watch(name, targets[name].module, "input", seen)
             for name, seen in self._seen.items()
             if seen is not None
         ]
+
+    def collect(self, model: nn.Module, data: Iterable | None) -> None:
+        """Let an importance that runs the model itself do so."""
+        if self._collects:
+            self._seen = dict(self._importance.collect(model, self._targets, data))
+            self.called |= set(self._seen)
 
     def scores(self) -> dict[str, LayerScore]:
         """Return the scores of the targets that were called."""
@@ -46,13 +53,16 @@ class Scoring:
 
 
 def needs_data(importance: Importance) -> bool:
-    return getattr(importance, "needs_data", False)
+    return any(getattr(importance, f"needs_{what}", False) for what in ("data", "labels"))
 
 
 def check_data(importance: Importance, data: object) -> None:
     """Raise ValueError where an importance needs data and there is none."""
     if data is None and needs_data(importance):
-        raise ValueError(f"importance {importance.name!r} needs data: an iterable of batches")
+        labelled = " (input, labels)" if getattr(importance, "needs_labels", False) else ""
+        raise ValueError(
+            f"importance {importance.name!r} needs data: an iterable of batches{labelled}"
+        )
 
 
 def phases(importance: Importance, targets: dict[str, Target], scope: str) -> list[tuple[str, ...]]:
@@ -105,11 +115,17 @@ def run_pass(
     watches = [*scoring.watches, *units, *(w for _, pair in watched for w in pair)]
     called = observe(plan.model, watches, data) if watches else set()
     scoring.called |= called & set(targets)
+    scoring.collect(plan.model, data)
     scores = scoring.scores()
     selected = select(scores, targets, plan.keeps, rule, _ties(importance))
     if rule.structure is not None:
         plan.remember(scores)
     plan.update(selected)
+    if rule.removes_units:
+        for name in selected:
+            gone = ~plan.keeps[name].weight.flatten(1).any(1)
+            layer = graph.layers.get(name) if graph is not None else None
+            plan.drop_units(name, gone, layer.norm if layer is not None else None)
     for watch in units:
         name = watch.name.removesuffix(" (output)")
         if watch.observer.alive is not None:

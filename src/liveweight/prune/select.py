@@ -12,7 +12,7 @@ from liveweight._check import check_fraction, near_misses
 from liveweight.ops.mass_mask import mass_mask
 from liveweight.ops.top_k_mask import top_k_mask
 from liveweight.prune.importances import LayerScore, Target
-from liveweight.prune.structure import Blocks, Panels, Structure
+from liveweight.prune.structure import Blocks, Neurons, Panels, Structure
 
 SCOPES = ("layer", "global")
 
@@ -48,6 +48,13 @@ class Rule:
             noun = next(iter(self.structure.values())).noun
             return f"{'block' if noun == 'block' else 'pattern'} has no {target.kind!r}"
         return self.structure[target.kind].unfit(target)
+
+    @property
+    def removes_units(self) -> bool:
+        """Whether whole units go, with their biases."""
+        return self.structure is not None and any(
+            isinstance(s, Neurons) for s in self.structure.values()
+        )
 
     def of(self, target: Target) -> Structure | None:
         """Return the structure of a layer's mask."""

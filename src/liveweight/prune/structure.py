@@ -132,7 +132,36 @@ class Panels:
         return mask.movedim(0, 2).reshape(scores.shape)
 
 
-Structure = Blocks | Panels
+@dataclass(frozen=True)
+class Neurons:
+    """Whole output units: rows of a Linear, filters of a convolution."""
+
+    noun: ClassVar[str] = "neuron"
+
+    def __str__(self) -> str:
+        return "neuron"
+
+    def unfit(self, target: Target) -> str:
+        """Return why a layer cannot lose units: never here, the caller knows the outputs."""
+        return ""
+
+    def sums(self, scores: Tensor) -> Tensor:
+        """Return the sum of every unit, side by side: scores [out, ...] -> float64 [1, out]."""
+        return scores.flatten(1).sum(1, dtype=torch.float64).unsqueeze(0)
+
+    def spread(self, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return the mask that keeps the units of kept [1, out]: bool of the given shape."""
+        return kept.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+
+
+Structure = Blocks | Panels | Neurons
+
+
+def by_target(scores: Tensor, target: Target) -> Tensor:
+    """Add up scores of single weights [out, in, ...] to what a target's scores stand for."""
+    return (
+        scores.flatten(2).sum(2) if target.granularity == "kernel" and scores.dim() > 2 else scores
+    )
 
 
 def _crosses_groups(target: Target, rows: int, what: str) -> str:
@@ -182,6 +211,8 @@ def parse_structure(
             raise ValueError(
                 f"{argument}={value!r} goes with granularity={name!r}, got {granularity!r}"
             )
+    if granularity == "neuron":
+        return dict.fromkeys(KINDS, Neurons())
     if granularity not in given:
         return None
     argument, value, structure = given[granularity]

@@ -25,7 +25,7 @@ from liveweight.prune.report import LayerRow, PruneReport, Scores
 from liveweight.prune.select import Rule, parse_rule
 from liveweight.prune.selectors import Selector, choose_layers, layer_kind
 from liveweight.prune.snapshot import restoring
-from liveweight.prune.structure import check_granularity, kept_mass, parse_structure
+from liveweight.prune.structure import Neurons, check_granularity, kept_mass, parse_structure
 
 Sizes = tuple[int, ...] | dict[str, tuple[int, ...]]
 Selectors = Selector | Iterable[Selector] | None
@@ -47,6 +47,8 @@ def make_targets(
         # Blocks and panels are made of what the importance scores by itself.
         own = granularity not in SCORED
         by = importance.default_granularity(kind) if own else granularity
+        if by == "neuron":  # units are made of what is least
+            by = "kernel"
         # A Linear has no kernels: its connections are its weights.
         targets[name] = Target(name, module, kind, "weight" if kind == "linear" else by)
     return targets
@@ -88,13 +90,15 @@ def score(
     check_model(model)
     importance = resolve_importance(importance)
     check_data(importance, data)
-    check_granularity(granularity, SCORED)
+    check_granularity(granularity, (*SCORED, "neuron"))
+    granularity = check_units(importance, granularity)
     chosen, left, notes = choose_layers(model, layers, ignore)
     targets = make_targets(chosen, importance, granularity)
     check_any(targets, left)
     scoring = Scoring(importance, targets)
     if scoring.watches:
         scoring.called |= observe(model, scoring.watches, Batches(data, steps))
+    scoring.collect(model, None if data is None else Batches(data, steps))
     found = Scores()
     found.importance = importance.name
     for name, layer_score in scoring.scores().items():
@@ -102,6 +106,9 @@ def score(
         if layer_score.bias is not None:
             found.bias[name] = layer_score.bias
         found.kinds[name], found.granularity[name] = targets[name].kind, targets[name].granularity
+        if granularity == "neuron":
+            found[name] = Neurons().sums(layer_score.weight)[0].to(layer_score.weight.dtype)
+            found.granularity[name] = granularity
     idle = {name: "never called with this data" for name in targets if name not in scoring.called}
     found.notes = [f"'{n}' left alone: {why}" for n, why in (left | idle).items()] + notes
     return found
@@ -152,12 +159,15 @@ def prune_(
     """
     check_model(model)
     importance = resolve_importance(importance)
+    granularity = check_units(importance, granularity)
     structure = parse_structure(granularity, block, pattern)
     rule = parse_rule(alpha, sparsity, scope, structure)
     check_data(importance, data)
     chosen, left, notes = choose_layers(model, layers, ignore)
     targets = make_targets(chosen, importance, granularity)
     left |= {n: why for n, t in targets.items() if (why := rule.why_not(t))}
+    if granularity == "neuron":
+        left |= _outputs(model, targets)
     targets = {n: t for n, t in targets.items() if n not in left}
     check_any(targets, left)
     with restoring(model, always=dry_run):
@@ -169,6 +179,36 @@ def prune_(
         report = _report(plan, importance, rule, left, notes + more)
     report.dry_run = dry_run
     return report
+
+
+def check_units(importance: Importance, granularity: str | None) -> str | None:
+    """Return the granularity to go by; raise ValueError where the importance scores units only."""
+    units = {importance.default_granularity(kind) for kind in ("conv", "linear")} == {"neuron"}
+    if units and granularity not in (None, "neuron"):
+        raise ValueError(
+            f"importance {importance.name!r} scores whole units: granularity must be 'neuron', got "
+            f"{granularity!r}"
+        )
+    return "neuron" if units else granularity
+
+
+def _outputs(model: nn.Module, targets: dict[str, Target]) -> dict[str, str]:
+    """Return the layers whose units must stay -> why; raise ValueError for a model not traced."""
+    try:
+        graph = trace(model)
+    except GraphError as error:
+        raise ValueError(
+            "granularity 'neuron' must know which units are the model's output, and the model "
+            f"cannot be traced: {error}"
+        ) from error
+    found = {}
+    for name in targets:
+        layer = graph.layers.get(name)
+        if layer is None:
+            found[name] = graph.skipped.get(name, "what reads its units is not known")
+        elif layer.is_output:
+            found[name] = "its units are the model's output"
+    return found
 
 
 def _cut_through(model: nn.Module) -> list[str]:
@@ -185,7 +225,7 @@ def _trace_for(model: nn.Module, importance: Importance, rule: Rule) -> tuple[Gr
     by_mass = rule.alpha is not None and (
         getattr(importance, "dead_units", False) or getattr(importance, "residual", False)
     )
-    if not by_mass and not getattr(importance, "cleanup", False):
+    if not by_mass and not getattr(importance, "cleanup", False) and not rule.removes_units:
         return None, []
     try:
         return trace(model), []

@@ -48,12 +48,15 @@ def importances() -> str:
     rows = []
     for name, factory in prune.importances.items():
         importance = factory()
-        default = "; ".join(
-            f"{importance.default_granularity(kind)} ({kind})" for kind in ("conv", "linear")
-        )
+        by = {kind: importance.default_granularity(kind) for kind in ("conv", "linear")}
+        units = set(by.values()) == {"neuron"}
+        default = "; ".join(f"{what} ({kind})" for kind, what in by.items())
         needs = [n for n in ("data", "labels", "gradients") if getattr(factory, f"needs_{n}", 0)]
-        rows.append((name, ", ".join(needs) or "nothing", default, _source(importance)))
-    return columns(("importance", "needs", "granularity by default", "what it is"), rows)
+        cost = getattr(importance, "cost", "a look at the weights")
+        cells = (name, ", ".join(needs) or "nothing", "neuron" if units else default)
+        rows.append((*cells, "neuron" if units else "all", cost, _source(importance)))
+    headers = ("importance", "needs", "granularity by default", "possible", "cost", "what it is")
+    return columns(headers, rows)
 
 
 def _source(importance: object) -> str:
