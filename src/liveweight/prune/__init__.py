@@ -9,6 +9,7 @@ from liveweight.prune.activity import Activity, Observer
 from liveweight.prune.activity_criteria import Ria, Wanda
 from liveweight.prune.arrange import cluster_rows
 from liveweight.prune.brain_damage import Obd, ObdSd
+from liveweight.prune.brain_surgeon import Obs, SparseGpt
 from liveweight.prune.cluster import cluster_
 from liveweight.prune.cluster_report import ClusterReport, ClusterRow
 from liveweight.prune.dropout_damage import DropoutDamage
@@ -34,6 +35,8 @@ from liveweight.prune.verbs import prune_, score
 from liveweight.prune.weight_criteria import Lamp
 
 __all__ = [
+    "SparseGpt",
+    "Obs",
     "DropoutDamage",
     "FiringRate",
     "Apoz",

@@ -80,6 +80,10 @@ class Importance(Protocol):
     A default_granularity of "neuron" for both kinds says that only whole units can be scored; their
     scores come as equal shares of their connections' (unit_criteria.spread_units).
 
+    Some refit what is kept, to make up for the rest; values change then, in prune_ only:
+    refit(target, seen, keep)      the new weight; keep is bool in the weight's shape
+    solve(target, seen, alive, sparsity, panels)  (keep, new weight): chooses, too
+
     Optional attributes, with what holds where they are missing:
     needs_data     True refuses to run without data                       (False)
     needs_labels   True: the data must be batches (input, labels)         (False)

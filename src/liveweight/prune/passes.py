@@ -12,7 +12,8 @@ from liveweight.prune import residual
 from liveweight.prune.activity import Alive, Watch, observe
 from liveweight.prune.importances import Importance, LayerScore, Target
 from liveweight.prune.plan import Plan, drop_dead
-from liveweight.prune.select import Rule, select
+from liveweight.prune.select import Keep, Rule, select
+from liveweight.prune.structure import Panels
 
 ALL_KINDS = ("conv", "linear")
 
@@ -42,6 +43,32 @@ class Scoring:
         if self._collects:
             self._seen = dict(self._importance.collect(model, self._targets, data))
             self.called |= set(self._seen)
+
+    def refit(self, plan: Plan) -> None:
+        """Let an importance fit the weights that a plan keeps to make up for the others."""
+        if not hasattr(self._importance, "refit"):
+            return
+        for name in self.called:
+            keep = plan.full_mask(name)
+            plan.values[name] = self._importance.refit(self._targets[name], self._seen[name], keep)
+
+    def solve(self, plan: Plan, rule: Rule) -> dict[str, Keep]:
+        """Return what an importance that chooses and refits at once keeps; its values go along."""
+        if rule.alpha is not None or rule.scope == "global":
+            raise ValueError(
+                f"importance {self._importance.name!r} goes with sparsity per layer or a pattern, "
+                f"not with {rule}"
+            )
+        found = {}
+        for name in self.called:
+            target = self._targets[name]
+            structure = rule.of(target)
+            if structure is not None and not isinstance(structure, Panels):
+                raise ValueError(f"importance {self._importance.name!r} makes no {structure}")
+            known = (target, self._seen[name], plan.full_mask(name))
+            keep, plan.values[name] = self._importance.solve(*known, rule.sparsity, structure)
+            found[name] = Keep(keep)
+        return found
 
     def scores(self) -> dict[str, LayerScore]:
         """Return the scores of the targets that were called."""
@@ -117,7 +144,10 @@ def run_pass(
     scoring.called |= called & set(targets)
     scoring.collect(plan.model, data)
     scores = scoring.scores()
-    selected = select(scores, targets, plan.keeps, rule, _ties(importance))
+    if hasattr(importance, "solve"):
+        selected = scoring.solve(plan, rule)
+    else:
+        selected = select(scores, targets, plan.keeps, rule, _ties(importance))
     if rule.structure is not None:
         plan.remember(scores)
     plan.update(selected)
@@ -126,6 +156,7 @@ def run_pass(
             gone = ~plan.keeps[name].weight.flatten(1).any(1)
             layer = graph.layers.get(name) if graph is not None else None
             plan.drop_units(name, gone, layer.norm if layer is not None else None)
+    scoring.refit(plan)
     for watch in units:
         name = watch.name.removesuffix(" (output)")
         if watch.observer.alive is not None:

@@ -36,6 +36,7 @@ class Plan:
 
     Keeps start as what earlier calls left; a bias entry exists wherever the layer has a bias.
     scored   scores of this call by layer name, 0 where earlier calls pruned; only under a structure
+    values   new values of weights that were refitted, by layer name
     """
 
     model: nn.Module
@@ -44,6 +45,7 @@ class Plan:
     norms: dict[str, Tensor] = field(default_factory=dict)
     shortcuts: dict[str, Tensor] = field(default_factory=dict)
     scored: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.keeps = {name: _alive(target) for name, target in self.targets.items()}
@@ -105,6 +107,8 @@ class Plan:
         for name, target in self.targets.items():
             if target.kind not in kinds:
                 continue
+            if name in self.values:
+                target.module.weight.copy_(self.values.pop(name))
             set_mask_(target.module, "weight", self.full_mask(name))
             bias = self.keeps[name].bias
             if bias is not None and not bias.all():
