@@ -25,7 +25,9 @@ from liveweight.prune.importances import (
 )
 from liveweight.prune.keep import MaskKeeper, keep_masks
 from liveweight.prune.mask import apply_masks_, copy_masks_, masks, strip_
+from liveweight.prune.merge import merge_
 from liveweight.prune.nnrelief import NNRelief
+from liveweight.prune.quantize import QuantizedRow, quantize_weights_
 from liveweight.prune.report import LayerRow, PruneReport, Scores
 from liveweight.prune.residual import ShortcutMask
 from liveweight.prune.retrain import load_state_, recalibrate_bn_, rewind_
@@ -35,6 +37,9 @@ from liveweight.prune.verbs import prune_, score
 from liveweight.prune.weight_criteria import Lamp
 
 __all__ = [
+    "quantize_weights_",
+    "QuantizedRow",
+    "merge_",
     "SparseGpt",
     "Obs",
     "DropoutDamage",

@@ -167,7 +167,7 @@ def _walk(
     remove: int,
     panels: Panels | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (mask, values) [rows, k] of one group; remove: weights, those gone already included."""
+    """Return (mask, values) [rows, k] of one group that lost `remove` weights, earlier ones too."""
     weight = weight * live
     k = weight.shape[1]
     keep = live.clone()
