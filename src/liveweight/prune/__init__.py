@@ -10,6 +10,7 @@ from liveweight.prune.activity_criteria import Ria, Wanda
 from liveweight.prune.arrange import cluster_rows
 from liveweight.prune.brain_damage import Obd, ObdSd
 from liveweight.prune.brain_surgeon import Obs, SparseGpt
+from liveweight.prune.callbacks import lightning_callback, transformers_callback
 from liveweight.prune.cluster import cluster_
 from liveweight.prune.cluster_report import ClusterReport, ClusterRow
 from liveweight.prune.dropout_damage import DropoutDamage
@@ -27,16 +28,26 @@ from liveweight.prune.keep import MaskKeeper, keep_masks
 from liveweight.prune.mask import apply_masks_, copy_masks_, masks, strip_
 from liveweight.prune.merge import merge_
 from liveweight.prune.nnrelief import NNRelief
+from liveweight.prune.pruner import Pruner
 from liveweight.prune.quantize import QuantizedRow, quantize_weights_
 from liveweight.prune.report import LayerRow, PruneReport, Scores
 from liveweight.prune.residual import ShortcutMask
 from liveweight.prune.retrain import load_state_, recalibrate_bn_, rewind_
+from liveweight.prune.schedule import Cubic, Iterative, OneShot, Schedule, Then
 from liveweight.prune.structure import check_structure
 from liveweight.prune.unit_criteria import Apoz, FiringRate
 from liveweight.prune.verbs import prune_, score
 from liveweight.prune.weight_criteria import Lamp
 
 __all__ = [
+    "Then",
+    "Schedule",
+    "OneShot",
+    "Iterative",
+    "Cubic",
+    "Pruner",
+    "transformers_callback",
+    "lightning_callback",
     "quantize_weights_",
     "QuantizedRow",
     "merge_",
