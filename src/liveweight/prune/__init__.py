@@ -10,6 +10,7 @@ from liveweight.prune.activity_criteria import Ria, Wanda
 from liveweight.prune.arrange import cluster_rows
 from liveweight.prune.brain_damage import Obd, ObdSd
 from liveweight.prune.brain_surgeon import Obs, SparseGpt
+from liveweight.prune.burden import BurdenReport, BurdenRow, burden
 from liveweight.prune.callbacks import lightning_callback, transformers_callback
 from liveweight.prune.cluster import cluster_
 from liveweight.prune.cluster_report import ClusterReport, ClusterRow
@@ -40,6 +41,9 @@ from liveweight.prune.verbs import prune_, score
 from liveweight.prune.weight_criteria import Lamp
 
 __all__ = [
+    "burden",
+    "BurdenRow",
+    "BurdenReport",
     "Then",
     "Schedule",
     "OneShot",
