@@ -7,6 +7,7 @@ must offer.
 
 from liveweight.prune.activity import Activity, Observer
 from liveweight.prune.activity_criteria import Ria, Wanda
+from liveweight.prune.adapt import AdaptReport, adapt_
 from liveweight.prune.arrange import cluster_rows
 from liveweight.prune.brain_damage import Obd, ObdSd
 from liveweight.prune.brain_surgeon import Obs, SparseGpt
@@ -16,6 +17,7 @@ from liveweight.prune.cluster import cluster_
 from liveweight.prune.cluster_report import ClusterReport, ClusterRow
 from liveweight.prune.dropout_damage import DropoutDamage
 from liveweight.prune.gradient_criteria import Snip, Taylor
+from liveweight.prune.hyper_hypo import HyperHypo, Salience, find_hyper_hypo, remove_units_
 from liveweight.prune.importances import (
     Importance,
     LayerScore,
@@ -41,6 +43,12 @@ from liveweight.prune.verbs import prune_, score
 from liveweight.prune.weight_criteria import Lamp
 
 __all__ = [
+    "remove_units_",
+    "find_hyper_hypo",
+    "Salience",
+    "HyperHypo",
+    "adapt_",
+    "AdaptReport",
     "burden",
     "BurdenRow",
     "BurdenReport",
