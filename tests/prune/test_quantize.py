@@ -33,7 +33,7 @@ def test_layers_report_bytes_and_error_and_biases_stay():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(20, 7))
     biases = [net[0].bias.clone(), net[3].bias.clone()]
-    before = net[0].weight.clone()
+    before = net[0].weight.detach().clone()
     rows = quantize_weights_(net, 4)
     assert [(r.name, r.bits, r.weights) for r in rows] == [("0", 4, 135), ("3", 4, 140)]
     assert [r.bytes for r in rows] == [68 + 10, 70 + 14]
