@@ -26,6 +26,7 @@ from liveweight.prune.select import Rule, parse_rule
 from liveweight.prune.selectors import Selector, choose_layers, layer_kind
 from liveweight.prune.snapshot import restoring
 from liveweight.prune.structure import Neurons, check_granularity, kept_mass, parse_structure
+from liveweight.prune.whole_units import check_units, output_layers
 
 Sizes = tuple[int, ...] | dict[str, tuple[int, ...]]
 Selectors = Selector | Iterable[Selector] | None
@@ -78,7 +79,8 @@ def score(
     data          any iterable of batches: tensors, tuples whose first item is the input, or dicts
                   (model(**batch)); `steps` bounds how many are taken
     importance    a registered name or an object after prune.Importance
-    granularity   "weight" or "kernel" (2-D slices of a convolution); default: the importance's own
+    granularity   "weight", "kernel" (2-D slices of a convolution) or "neuron" (whole units, [out]);
+                  default: the importance's own
     layers        only these; ignore: not these. Names, globs, "re:...", module types
     returns       {layer name: [out, in], or [out, in, r, s] for single conv weights}: float32,
                   float64 for float64 layers
@@ -135,8 +137,10 @@ def prune_(
     alpha        share of every unit's score mass to keep, or {"conv": ..., "linear": ...}
     sparsity     share of the weights to remove, counted per layer or over all (scope="global")
     granularity  "weight" or "kernel", default: the importance's own; "block": whole blocks of
-                 weights, of a convolution of kernels; "vnm": panels that sparse tensor cores read.
-                 Both add up what the importance scores by default
+                 weights, of a convolution of kernels; "vnm": panels that sparse tensor cores read;
+                 "neuron": whole units with their biases and BatchNorm entries, but for those of the
+                 model's output (alpha then holds per layer). These add up what the importance
+                 scores by default
     block        (height, width) in output by input features or channels, for "block"; the last
                  blocks may be smaller. alpha then holds per row of blocks, biases do not compete;
                  under sparsity a layer keeps at least one block (scope="layer")
@@ -167,7 +171,7 @@ def prune_(
     targets = make_targets(chosen, importance, granularity)
     left |= {n: why for n, t in targets.items() if (why := rule.why_not(t))}
     if granularity == "neuron":
-        left |= _outputs(model, targets)
+        left |= output_layers(model, targets)
     targets = {n: t for n, t in targets.items() if n not in left}
     check_any(targets, left)
     with restoring(model, always=dry_run):
@@ -179,36 +183,6 @@ def prune_(
         report = _report(plan, importance, rule, left, notes + more)
     report.dry_run = dry_run
     return report
-
-
-def check_units(importance: Importance, granularity: str | None) -> str | None:
-    """Return the granularity to go by; raise ValueError where the importance scores units only."""
-    units = {importance.default_granularity(kind) for kind in ("conv", "linear")} == {"neuron"}
-    if units and granularity not in (None, "neuron"):
-        raise ValueError(
-            f"importance {importance.name!r} scores whole units: granularity must be 'neuron', got "
-            f"{granularity!r}"
-        )
-    return "neuron" if units else granularity
-
-
-def _outputs(model: nn.Module, targets: dict[str, Target]) -> dict[str, str]:
-    """Return the layers whose units must stay -> why; raise ValueError for a model not traced."""
-    try:
-        graph = trace(model)
-    except GraphError as error:
-        raise ValueError(
-            "granularity 'neuron' must know which units are the model's output, and the model "
-            f"cannot be traced: {error}"
-        ) from error
-    found = {}
-    for name in targets:
-        layer = graph.layers.get(name)
-        if layer is None:
-            found[name] = graph.skipped.get(name, "what reads its units is not known")
-        elif layer.is_output:
-            found[name] = "its units are the model's output"
-    return found
 
 
 def _cut_through(model: nn.Module) -> list[str]:
