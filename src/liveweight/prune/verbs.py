@@ -134,6 +134,8 @@ def prune_(
 ) -> PruneReport:
     """Set the least important weights to zero and attach masks; what is pruned stays pruned.
 
+    What is kept keeps its value, but under the importances "obs" and "sparsegpt", which refit it.
+
     alpha        share of every unit's score mass to keep, or {"conv": ..., "linear": ...}
     sparsity     share of the weights to remove, counted per layer or over all (scope="global")
     granularity  "weight" or "kernel", default: the importance's own; "block": whole blocks of
