@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from liveweight.runs.recipe import Recipe, RecipeError
+from liveweight.runs.recipe import Recipe, RecipeError, build
 
 # What may change between an interruption and the resume without changing the result.
 _FREE_KEYS = ("out", "report")
@@ -96,7 +96,8 @@ class RunFolder:
             old = yaml.safe_load((self.path / "recipe.yaml").read_text())
         except yaml.YAMLError as error:
             raise RecipeError(f"{self.path / 'recipe.yaml'}: not a YAML file") from error
-        new = recipe.to_dict()
+        # keys that came later have their defaults in an older folder
+        old, new = build(old, Recipe).to_dict(), recipe.to_dict()
         old, new = ({k: v for k, v in r.items() if k not in _FREE_KEYS} for r in (old, new))
         if found := differing_keys(old, new):
             raise RecipeError(

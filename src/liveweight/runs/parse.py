@@ -42,11 +42,17 @@ def make_parser() -> jsonargparse.ArgumentParser:
         "RECIPE is a built-in name (liveweight list recipes), a YAML file, or a run folder to "
         "resume. Every key of the recipe is an option; an option overrides the file.",
         epilog=_EPILOG,
-        formatter_class=_Formatter,
+        formatter_class=Formatter,
         exit_on_error=False,
     )
+    add_options(parser, Recipe)
+    return parser
+
+
+def add_options(parser: jsonargparse.ArgumentParser, options: type) -> None:
+    """Give a parser one option per field of a dataclass and of the dataclasses in it."""
     parser.add_argument("--config", action="config", help=jsonargparse.SUPPRESS)
-    for prefix, cls in _sections():
+    for prefix, cls in _sections(options):
         title = cls.__doc__.partition("\n")[0].rstrip(".") if prefix else "the run"
         group = parser.add_argument_group(
             f"{prefix or 'general'}: {title}".replace("general: ", "")
@@ -60,10 +66,9 @@ def make_parser() -> jsonargparse.ArgumentParser:
                     default=_default(entry),
                     help=entry.metadata["help"].replace("%", "%%"),
                 )
-    return parser
 
 
-class _Formatter(jsonargparse.DefaultHelpFormatter):
+class Formatter(jsonargparse.DefaultHelpFormatter):
     """Help that keeps the line breaks of the examples."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
@@ -72,9 +77,9 @@ class _Formatter(jsonargparse.DefaultHelpFormatter):
         return super()._fill_text(text, width, indent)
 
 
-def _sections() -> list[tuple[str, type]]:
-    nested = [(f.name, section_type(f)) for f in dataclasses.fields(Recipe) if section_type(f)]
-    return [("", Recipe), *nested]
+def _sections(options: type) -> list[tuple[str, type]]:
+    nested = [(f.name, section_type(f)) for f in dataclasses.fields(options) if section_type(f)]
+    return [("", options), *nested]
 
 
 def _default(entry: dataclasses.Field) -> object:
@@ -83,10 +88,11 @@ def _default(entry: dataclasses.Field) -> object:
     return entry.default_factory()
 
 
-def _check_options(overrides: list[str]) -> None:
+def check_options(overrides: list[str], options: type = Recipe) -> None:
+    """Raise UsageError for a word --key that is no field of the dataclass."""
     known = {
         f"{prefix}.{entry.name}".lstrip(".")
-        for prefix, cls in _sections()
+        for prefix, cls in _sections(options)
         for entry in dataclasses.fields(cls)
         if section_type(entry) is None
     } | {"print_config", "help"}
@@ -107,7 +113,7 @@ def parse_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     UsageError: unknown option. --print_config and --help print and leave with SystemExit(0).
     """
     overrides = list(overrides or [])
-    _check_options(overrides)
+    check_options(overrides)
     path = find_recipe(name)
     try:
         values = yaml.safe_load(path.read_text()) or {}

@@ -25,7 +25,8 @@ class RecipeError(ValueError):
     """A recipe that cannot be read or run; the message names the key."""
 
 
-def _option(default: Any, help_text: str) -> Any:
+def option(default: Any, help_text: str) -> Any:
+    """Return a dataclass field with a default and the help that the command line shows."""
     if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata={"help": help_text})
     return field(default=default, metadata={"help": help_text})
@@ -35,79 +36,77 @@ def _option(default: Any, help_text: str) -> Any:
 class ModelRecipe:
     """What is pruned."""
 
-    name: str = _option(
-        "lenet5", "built-in name (liveweight list models) or package.module:factory"
-    )
-    arguments: dict[str, Any] = _option({}, "keyword arguments of the factory")
+    name: str = option("lenet5", "built-in name (liveweight list models) or package.module:factory")
+    arguments: dict[str, Any] = option({}, "keyword arguments of the factory")
 
 
 @dataclass(frozen=True)
 class DataRecipe:
     """What it learns from."""
 
-    source: str = _option("digits", f"one of {', '.join(SOURCES)}")
-    path: str | None = _option(None, "folder (idx, images) or .npz file (numpy)")
-    validation: int = _option(500, "samples split off train where the source has no validation set")
-    channels: int = _option(1, "images: 1 (grey) or 3 (RGB)")
-    size: list[int] = _option([], "images: resize to [height, width]; empty: keep")
-    mean: list[float] = _option([], "per channel, subtracted after the scaling to [0, 1]")
-    std: list[float] = _option([], "per channel, divided by")
-    limit: int | None = _option(None, "at most so many samples per split, stratified; for trials")
+    source: str = option("digits", f"one of {', '.join(SOURCES)}")
+    path: str | None = option(None, "folder (idx, images) or .npz file (numpy)")
+    validation: int = option(500, "samples split off train where the source has no validation set")
+    channels: int = option(1, "images: 1 (grey) or 3 (RGB)")
+    size: list[int] = option([], "images: resize to [height, width]; empty: keep")
+    mean: list[float] = option([], "per channel, subtracted after the scaling to [0, 1]")
+    std: list[float] = option([], "per channel, divided by")
+    limit: int | None = option(None, "at most so many samples per split, stratified; for trials")
 
 
 @dataclass(frozen=True)
 class TrainRecipe:
     """How it is trained."""
 
-    epochs: int = _option(60, "passes over the training set")
-    batch_size: int = _option(120, "samples per step")
-    optimizer: str = _option("adam", f"one of {', '.join(OPTIMIZERS)}")
-    lr: float = _option(1e-3, "learning rate at the start")
-    momentum: float = _option(0.9, "sgd only")
-    weight_decay: float = _option(5e-4, "of the optimizer")
-    milestones: list[int] = _option([30], "epochs after which lr is multiplied by gamma")
-    gamma: float = _option(0.1, "factor at each milestone")
+    epochs: int = option(60, "passes over the training set")
+    batch_size: int = option(120, "samples per step")
+    optimizer: str = option("adam", f"one of {', '.join(OPTIMIZERS)}")
+    lr: float = option(1e-3, "learning rate at the start")
+    momentum: float = option(0.9, "sgd only")
+    weight_decay: float = option(5e-4, "of the optimizer")
+    milestones: list[int] = option([30], "epochs after which lr is multiplied by gamma")
+    gamma: float = option(0.1, "factor at each milestone")
 
 
 @dataclass(frozen=True)
 class PruneRecipe:
     """What is removed, how often, and which result is kept."""
 
-    importance: str = _option("nnrelief", "criterion (liveweight list importances)")
-    options: dict[str, Any] = _option({}, "arguments of the criterion, e.g. {variant: authors}")
-    alpha: float | dict[str, float] | None = _option(
+    importance: str = option("nnrelief", "criterion (liveweight list importances)")
+    options: dict[str, Any] = option({}, "arguments of the criterion, e.g. {variant: authors}")
+    alpha: float | dict[str, float] | None = option(
         None, "share of importance kept per unit: a number or {conv: 0.9, linear: 0.95}"
     )
-    sparsity: float | None = _option(None, "share of weights removed in the end, instead of alpha")
-    granularity: str | None = _option(None, "what is removed together; default: the criterion's")
-    block: list[int] = _option([], "granularity block: [height, width], output by input")
-    pattern: list[int] = _option([], "granularity vnm: [V, 2, M], without alpha and sparsity")
-    scope: str = _option("layer", "with sparsity: counted per layer or over all (global)")
-    ignore: list[str] = _option([], "layers left alone: names, globs or re:patterns")
-    iterations: int = _option(5, "times to prune and retrain; 0 only trains")
-    samples: int = _option(1000, "training samples that are scored, the same in every iteration")
-    rewind: str = _option("init", "weights before retraining: init (first values) or none")
-    keep: str = _option("smallest", "smallest within tolerance, best on validation, or last")
-    tolerance: float = _option(1.0, "points of validation accuracy that smallest may lose")
+    sparsity: float | None = option(None, "share of weights removed in the end, instead of alpha")
+    granularity: str | None = option(None, "what is removed together; default: the criterion's")
+    block: list[int] = option([], "granularity block: [height, width], output by input")
+    pattern: list[int] = option([], "granularity vnm: [V, 2, M], without alpha and sparsity")
+    scope: str = option("layer", "with sparsity: counted per layer or over all (global)")
+    ignore: list[str] = option([], "layers left alone: names, globs or re:patterns")
+    iterations: int = option(5, "times to prune and retrain; 0 only trains")
+    samples: int = option(1000, "training samples that are scored, the same in every iteration")
+    rewind: str = option("init", "weights before retraining: init (first values) or none")
+    keep: str = option("smallest", "smallest within tolerance, best on validation, or last")
+    tolerance: float = option(1.0, "points of validation accuracy that smallest may lose")
 
 
 @dataclass(frozen=True)
 class CompressRecipe:
     """How the kept network is made fast on this machine."""
 
-    shrink: bool = _option(True, "remove dead neurons and channels")
-    formats: str = _option("auto", "sparse formats to try, or auto")
-    min_speedup: float = _option(1.0, "a layer is swapped only from this speed-up on")
-    batch_sizes: list[int] = _option([1, 64], "measured batch sizes; never slower at any of them")
+    shrink: bool = option(True, "remove dead neurons and channels")
+    formats: str = option("auto", "sparse formats to try, or auto")
+    min_speedup: float = option(1.0, "a layer is swapped only from this speed-up on")
+    batch_sizes: list[int] = option([1, 64], "measured batch sizes; never slower at any of them")
 
 
 @dataclass(frozen=True)
 class ReportRecipe:
     """What is measured and drawn in the end."""
 
-    batch_sizes: list[int] = _option([1, 64], "batch sizes of the latency table")
-    torch_compile: bool = _option(True, "also measure the torch.compile'd dense model")
-    plots: bool = _option(True, "draw plots (needs matplotlib)")
+    batch_sizes: list[int] = option([1, 64], "batch sizes of the latency table")
+    torch_compile: bool = option(True, "also measure the torch.compile'd dense model")
+    plots: bool = option(True, "draw plots (needs matplotlib)")
 
 
 @dataclass(frozen=True)
@@ -121,10 +120,10 @@ class Recipe:
     retrain: TrainRecipe = field(default_factory=TrainRecipe)
     compress: CompressRecipe = field(default_factory=CompressRecipe)
     report: ReportRecipe = field(default_factory=ReportRecipe)
-    seed: int = _option(0, "of initial weights, order of samples and the pruning set")
-    device: str = _option("cpu", "cpu, cuda or cuda:N")
-    threads: int | None = _option(None, "CPU threads; default: torch's")
-    out: str | None = _option(None, "run folder; default: runs/RECIPE")
+    seed: int = option(0, "of initial weights, order of samples and the pruning set")
+    device: str = option("cpu", "cpu, cuda or cuda:N")
+    threads: int | None = option(None, "CPU threads; default: torch's")
+    out: str | None = option(None, "run folder; default: runs/RECIPE")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -170,17 +169,22 @@ def section_type(entry: dataclasses.Field) -> Any:
     return entry.default_factory if dataclasses.is_dataclass(entry.default_factory) else None
 
 
-def from_dict(values: dict[str, Any]) -> Recipe:
-    """Build a Recipe from nested keys, check every value, and return it; RecipeError otherwise."""
-    check_keys(values)
+def build(values: dict[str, Any], cls: type) -> Any:
+    """Build a dataclass of options from nested keys; RecipeError for keys that it does not have."""
+    check_keys(values, cls)
     sections = {}
-    for entry in dataclasses.fields(Recipe):
+    for entry in dataclasses.fields(cls):
         if entry.name not in values:
             continue
         nested = section_type(entry)
         value = values[entry.name]
         sections[entry.name] = nested(**value) if nested else value
-    recipe = Recipe(**sections)
+    return cls(**sections)
+
+
+def from_dict(values: dict[str, Any]) -> Recipe:
+    """Build a Recipe from nested keys, check every value, and return it; RecipeError otherwise."""
+    recipe = build(values, Recipe)
     check_values(recipe)
     return recipe
 
