@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from liveweight.runs import make_digits
+from liveweight.runs import images, make_digits
 from liveweight.runs.data import DIGITS, load_data, stratified_split
 from liveweight.runs.idx import read_idx, read_mnist_folder
 from liveweight.runs.recipe import DataRecipe
@@ -303,3 +303,69 @@ def test_image_folders_without_pillow(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
     with pytest.raises(ValueError, match="needs Pillow: pip install pillow"):
         load_data(image_recipe(tmp_path))
+
+
+# -- pixels that are remembered
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of pixels that small folders are worth, and a count of images decoded."""
+    monkeypatch.setenv("LIVEWEIGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(images, "WORTH", 16)
+    decoded, real = [], images.ImageFolders._decode_one
+    monkeypatch.setattr(
+        images.ImageFolders,
+        "_decode_one",
+        lambda self, path: decoded.append(path) or real(self, path),
+    )
+    return decoded
+
+
+def same_data(a, b) -> bool:
+    parts = [(getattr(a, n), getattr(b, n)) for n in ("train", "validation", "test")]
+    same = all(
+        torch.equal(x.inputs, y.inputs) and torch.equal(x.labels, y.labels) for x, y in parts
+    )
+    return same and a.classes == b.classes
+
+
+def test_pixels_are_decoded_once(tmp_path, cache):
+    recipe = image_recipe(write_images(tmp_path / "data"))
+    first = load_data(recipe)
+    assert len(cache) == 18  # 16 images, the first of each split twice
+    again = load_data(recipe)
+    assert len(cache) == 18 and same_data(first, again)
+    grey = load_data(image_recipe(tmp_path / "data", channels=1))
+    assert len(cache) == 36 and grey.train.inputs.shape[1] == 1
+    assert len(list((tmp_path / "cache" / "images").iterdir())) == 2
+
+
+def test_pixels_of_files_that_changed_are_decoded_again(tmp_path, cache):
+    recipe = image_recipe(write_images(tmp_path / "data"))
+    load_data(recipe)
+    changed = tmp_path / "data" / "test" / "cat" / "0.png"
+    pytest.importorskip("PIL.Image").new("RGB", (6, 5), (77, 7, 7)).save(changed)
+    assert load_data(recipe).test.inputs[0, 0, 0, 0].item() == pytest.approx(77 / 255)
+    changed.rename(changed.with_name("4.png"))
+    assert load_data(recipe).test.inputs[3, 0, 0, 0].item() == pytest.approx(77 / 255)
+    (place,) = (tmp_path / "cache" / "images").iterdir()  # the newest state replaces the older
+    count = len(cache)
+    place.write_bytes(b"damaged")
+    data = load_data(recipe)
+    assert len(cache) == count + 18 and len(data.train) == 6
+
+
+def test_pixels_are_not_remembered_where_that_is_off_small_or_impossible(
+    tmp_path, cache, monkeypatch
+):
+    recipe = image_recipe(write_images(tmp_path / "data"))
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    assert len(load_data(recipe).train) == 6
+    (tmp_path / "cache").unlink()
+    monkeypatch.setenv("LIVEWEIGHT_CACHE", "off")
+    load_data(recipe)
+    monkeypatch.setenv("LIVEWEIGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(images, "WORTH", 17)
+    load_data(recipe)
+    assert len(cache) == 3 * 18 and not (tmp_path / "cache").exists()

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from liveweight._graph import trace
+from liveweight.runs.count import count_weights
 from liveweight.runs.models import build_model
 
 
@@ -14,6 +16,39 @@ def test_built_in_models_have_the_published_sizes(name, weights):
     model = build_model(name, seed=0)
     assert sum(p.numel() for p in model.parameters()) == weights
     assert model(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "weights"),
+    [
+        ("vgg-like", 10, 14_982_474),
+        ("vgg13", 10, 9_935_434),
+        ("vgg16", 10, 15_245_130),
+        ("vgg16", 100, 15_291_300),
+        ("resnet20", 10, 267_914 + 432),  # the published counts leave out the stem's 432
+        ("resnet20", 100, 273_764 + 432),
+        ("resnet56", 10, 848_522 + 432),
+        ("resnet56", 100, 854_372 + 432),
+    ],
+)
+def test_nets_for_cifar_have_the_published_sizes(name, classes, weights):
+    with torch.device("meta"):
+        model = build_model(name, {"classes": classes})
+    counts = count_weights(model)
+    assert counts["total"] == weights
+    norms = sum(m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert counts["total_all"] == weights + 2 * norms
+    assert model(torch.rand(2, 3, 32, 32, device="meta")).shape == (2, classes)
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("resnet20", 9), ("resnet56", 27)])
+def test_residual_blocks_are_found_with_shortcuts_that_can_be_masked(name, blocks):
+    found = trace(build_model(name)).residual_blocks
+    assert len(found) == blocks
+    kinds = [block.shortcut_kind for block in found]
+    assert kinds.count("pad") == 2 and kinds.count("identity") == blocks - 2
+    assert all(block.shortcut and block.closed and block.whole for block in found)
+    assert [b.pad_before for b in found if b.shortcut_kind == "pad"] == [8, 16]
 
 
 def test_first_weights_are_kaiming_normal_and_biases_zero():

@@ -63,6 +63,9 @@ def reference_run(tiny, execute, tmp_path_factory):
         return everything(execute(tiny(), tmp_path_factory.mktemp("whole") / "run"))
 
 
+MOVED = {"augment": ["crop", "flip"], "precision": "bf16"}
+
+
 # after epoch 1 of dense, its last epoch, and the first and last epoch of iteration 1
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])
 def test_a_resumed_run_equals_an_uninterrupted_one(
@@ -81,12 +84,12 @@ def test_an_epoch_that_was_cut_short_is_repeated(
 ):
     real, calls = phase.train_epoch, []
 
-    def die_in_the_fourth(*args):
+    def die_in_the_fourth(*args, **options):
         calls.append(1)
         if len(calls) == 4:
             args[0].classifier[1].weight.data.zero_()
             raise Interruption
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(phase, "train_epoch", die_in_the_fourth)
     with pytest.raises(Interruption):
@@ -101,6 +104,24 @@ def test_a_convolutional_run_resumes_too(tiny, execute, tmp_path, no_finish):
     with pytest.raises(Interruption):
         execute(recipe, tmp_path / "cut", on_epoch=interrupt_after(3))
     assert_same(everything(execute(recipe, tmp_path / "cut")), whole)
+
+
+def test_an_augmented_run_resumes_too(tiny, execute, tmp_path, no_finish):
+    recipe = tiny(
+        model={"name": "lenet5"},
+        data={"limit": 40},
+        train=MOVED,
+        retrain=MOVED,
+        prune={"iterations": 1},
+    )
+    whole = everything(execute(recipe, tmp_path / "whole"))
+    with pytest.raises(Interruption):
+        execute(recipe, tmp_path / "cut", on_epoch=interrupt_after(3))
+    assert_same(everything(execute(recipe, tmp_path / "cut")), whole)
+    plain = tiny(model={"name": "lenet5"}, data={"limit": 40}, prune={"iterations": 0})
+    other = everything(execute(plain, tmp_path / "plain"))
+    key = "features.0.weight"
+    assert not torch.equal(whole[0][0][0][key], other[0][0][0][key])
 
 
 def test_masks_hold_and_grow_from_iteration_to_iteration(reference_run):

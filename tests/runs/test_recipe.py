@@ -23,6 +23,7 @@ def test_built_in_recipes_parse_and_are_the_published_settings():
         "lenet300-digits",
         "lenet5-mnist",
         "lenet300-mnist",
+        *CIFAR,
     }
     for name in ("lenet5-mnist", "lenet300-mnist"):
         recipe = parse_recipe(name, ["--data.path", "somewhere"])
@@ -33,6 +34,47 @@ def test_built_in_recipes_parse_and_are_the_published_settings():
         assert recipe.prune.alpha == {"conv": 0.9, "linear": 0.95}
         assert (recipe.prune.rewind, recipe.prune.samples) == ("init", 1000)
         assert recipe.prune.options["norm"] == "l1"
+
+
+# net: optimizer, lr, alpha of Linear, iterations, samples, epochs and milestones (train, retrain)
+VGG = ("adam", 1e-3, 0.95, 6, 1000, (150, [80, 120]), (60, [20, 40]))
+RESNET_SGD = ("sgd", 0.1, 0.99, 10, 1000, (150, [80, 120]), (60, [20, 40]))
+RESNET_ADAM = ("adam", 1e-3, 0.99, 10, 2000, (200, [120, 160]), (80, [30, 60]))
+CIFAR = {
+    "vgg-like-cifar10": VGG,
+    "vgg13-cifar10": VGG,
+    "vgg16-cifar10": VGG,
+    "vgg13-cifar100": VGG,
+    "vgg16-cifar100": VGG,
+    "resnet20-cifar10": RESNET_SGD,
+    "resnet56-cifar10": RESNET_SGD,
+    "resnet20-cifar100": RESNET_ADAM,
+    "resnet56-cifar100": RESNET_ADAM,
+}
+
+
+@pytest.mark.parametrize(("name", "published"), CIFAR.items())
+def test_recipes_for_cifar_are_the_published_settings(name, published):
+    optimizer, lr, alpha, iterations, samples, train, retrain = published
+    recipe = parse_recipe(name, ["--data.path", "somewhere"])
+    assert recipe.model.name == name.rpartition("-")[0]
+    assert recipe.model.arguments == ({"classes": 100} if name.endswith("100") else {})
+    for phase, (epochs, milestones) in ((recipe.train, train), (recipe.retrain, retrain)):
+        assert (phase.optimizer, phase.lr, phase.gamma) == (optimizer, lr, 0.1)
+        assert (phase.epochs, phase.milestones) == (epochs, milestones)
+        assert (phase.weight_decay, phase.momentum, phase.batch_size) == (5e-4, 0.9, 120)
+        assert (phase.augment, phase.precision) == (["crop", "flip"], "auto")
+    assert recipe.prune.alpha == {"conv": 0.95, "linear": alpha}
+    assert (recipe.prune.iterations, recipe.prune.samples) == (iterations, samples)
+    assert (recipe.prune.rewind, recipe.prune.options) == ("none", {"variant": "authors"})
+    assert recipe.data.mean == [0.485, 0.456, 0.406]
+    assert recipe.data.std == [0.229, 0.224, 0.225]
+
+
+def test_recipes_that_were_written_before_train_as_before():
+    recipe = parse_recipe("lenet5-digits")
+    assert (recipe.train.augment, recipe.train.precision) == ([], "fp32")
+    assert recipe.train.channels_last
 
 
 def test_overrides_reach_nested_keys_and_leave_the_rest():
@@ -100,6 +142,8 @@ def test_files_that_are_no_recipe(tmp_path, text, message):
         ({"train": {"epochs": 0}}, r"train\.epochs must be 1 or more, got 0"),
         ({"retrain": {"lr": 0.0}}, r"retrain\.lr must be above 0, got 0.0"),
         ({"train": {"optimizer": "adm"}}, "'adam'"),
+        ({"train": {"augment": ["corp"]}}, r"train\.augment must be one of crop, flip.*'crop'"),
+        ({"retrain": {"precision": "fp16"}}, r"retrain\.precision must be one of fp32, bf16, auto"),
         ({"data": {"source": "idx"}}, r"data\.path must be given for data\.source 'idx'"),
         ({"data": {"size": [3]}}, r"data\.size"),
         ({"data": {"mean": [0.5], "std": []}}, r"data\.std must be as long"),

@@ -20,15 +20,21 @@ _VERSION = 1
 _MOST = 4000  # entries that are kept, the newest
 
 
-def cache_path() -> pathlib.Path | None:
-    """Return the file of the cache; None where LIVEWEIGHT_CACHE is "off"."""
+def cache_folder() -> pathlib.Path | None:
+    """Return the folder of what is remembered; None where LIVEWEIGHT_CACHE is "off"."""
     wanted = os.environ.get(VARIABLE, "")
     if wanted.lower() in ("off", "0", "none"):
         return None
     if wanted:
-        return pathlib.Path(wanted) / "choices.json"
+        return pathlib.Path(wanted)
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return pathlib.Path(base) / "liveweight" / "choices.json"
+    return pathlib.Path(base) / "liveweight"
+
+
+def cache_path() -> pathlib.Path | None:
+    """Return the file of the choices; None where LIVEWEIGHT_CACHE is "off"."""
+    folder = cache_folder()
+    return None if folder is None else folder / "choices.json"
 
 
 def machine_key(threads: int, device: torch.device) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from liveweight import prune
 from liveweight.runs.count import count_weights
+from liveweight.runs.pipeline import Augment, autocast_type
 from liveweight.runs.recipe import TrainRecipe
 from liveweight.runs.train import (
     evaluate,
@@ -36,7 +37,10 @@ class Phase:
         else:
             self.model = run.build()
             prune.load_state_(self.model, state["model"])
-        if any(isinstance(m, torch.nn.Conv2d) for m in self.model.modules()):
+        self.augment = Augment.make(recipe.augment, run.recipe.data.mean, run.recipe.data.std)
+        self.autocast = autocast_type(recipe.precision, run.device)
+        convolves = any(isinstance(m, torch.nn.Conv2d) for m in self.model.modules())
+        if recipe.channels_last and convolves:
             # Pooling and the gradients of convolutions take half the time this way on CPUs.
             self.model.to(memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.model, recipe)
@@ -84,7 +88,14 @@ class Phase:
         seed = order_seed(run.recipe.seed, self.iteration, self.epoch)
         with run.reporter.epoch(steps) as on_step:
             loss = train_epoch(
-                self.model, run.data.train, self.optimizer, self.recipe.batch_size, seed, on_step
+                self.model,
+                run.data.train,
+                self.optimizer,
+                self.recipe.batch_size,
+                seed,
+                on_step,
+                augment=self.augment,
+                autocast=self.autocast,
             )
         if not math.isfinite(loss):
             raise ValueError(

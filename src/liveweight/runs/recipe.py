@@ -17,6 +17,8 @@ BUILT_IN = pathlib.Path(__file__).with_name("recipes")
 
 SOURCES = ("digits", "idx", "images", "numpy")
 OPTIMIZERS = ("adam", "adamw", "sgd")
+AUGMENTS = ("crop", "flip")
+PRECISIONS = ("fp32", "bf16", "auto")
 REWINDS = ("init", "none")
 KEEPS = ("smallest", "best", "last")
 
@@ -45,7 +47,7 @@ class DataRecipe:
     """What it learns from."""
 
     source: str = option("digits", f"one of {', '.join(SOURCES)}")
-    path: str | None = option(None, "folder (idx, images) or .npz file (numpy)")
+    path: str | None = option(None, "folder (idx, images: train/CLASS/*.png) or .npz file (numpy)")
     validation: int = option(500, "samples split off train where the source has no validation set")
     channels: int = option(1, "images: 1 (grey) or 3 (RGB)")
     size: list[int] = option([], "images: resize to [height, width]; empty: keep")
@@ -66,6 +68,14 @@ class TrainRecipe:
     weight_decay: float = option(5e-4, "of the optimizer")
     milestones: list[int] = option([30], "epochs after which lr is multiplied by gamma")
     gamma: float = option(0.1, "factor at each milestone")
+    augment: list[str] = option(
+        [],
+        "images, drawn anew each epoch: crop (after 4 black pixels all round), flip (left-right)",
+    )
+    precision: str = option(
+        "fp32", "fp32, bf16 (autocast), or auto: bf16 on GPUs from 8.0 and CPUs with AMX"
+    )
+    channels_last: bool = option(True, "layout of a model with convolutions while it is trained")
 
 
 @dataclass(frozen=True)
@@ -244,6 +254,9 @@ def _check_training(name: str, train: TrainRecipe) -> None:
     _demand(train.weight_decay >= 0, f"{name}.weight_decay", train.weight_decay, "0 or more")
     _demand(train.gamma > 0, f"{name}.gamma", train.gamma, "above 0")
     _demand(0 <= train.momentum < 1, f"{name}.momentum", train.momentum, "in [0, 1)")
+    _one_of(f"{name}.precision", train.precision, PRECISIONS)
+    for augment in train.augment:
+        _one_of(f"{name}.augment", augment, AUGMENTS)
 
 
 def _check_pruning(prune: PruneRecipe) -> None:

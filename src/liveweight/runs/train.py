@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from liveweight.runs.data import Split
+from liveweight.runs.pipeline import Augment
 from liveweight.runs.recipe import TrainRecipe
 
 EVALUATION_BATCH = 500
@@ -54,20 +55,38 @@ def train_epoch(
     batch_size: int,
     seed: int,
     on_step: Callable[[], None] = lambda: None,
+    *,
+    augment: Augment | None = None,
+    autocast: torch.dtype | None = None,
 ) -> float:
-    """Train one epoch with cross entropy in a seeded order; return the mean loss per sample."""
+    """Train one epoch with cross entropy in a seeded order; return the mean loss per sample.
+
+    augment    drawn from the same seed as the order; None: inputs as they are
+    autocast   what torch.autocast computes in, such as torch.bfloat16; None: float32
+    """
     model.train()
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-    order = order.to(split.labels.device)
-    total = torch.zeros((), device=split.labels.device)
+    device = split.labels.device
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(split), generator=generator).to(device)
+    moves = augment.draw(len(split), generator, device) if augment is not None else None
+    total, done = torch.zeros((), device=device), 0
     for x, y in batches(split, batch_size, order):
+        if moves is not None:
+            x = augment.apply(x, moves.part(done, done + len(y)))
         optimizer.zero_grad(set_to_none=True)
-        loss = nn.functional.cross_entropy(model(x), y)
+        with casting(device, autocast):
+            loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()
         optimizer.step()
         total += loss.detach() * len(y)
+        done += len(y)
         on_step()
     return float(total) / len(split)
+
+
+def casting(device: torch.device, autocast: torch.dtype | None) -> torch.autocast:
+    """Return the context that computes in that type; without one it changes nothing."""
+    return torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None)
 
 
 @torch.inference_mode()
