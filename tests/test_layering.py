@@ -1,4 +1,4 @@
-"""The arrows of the house: cli -> runs -> compress, prune -> nn -> ops -> formats, kernels."""
+"""The arrows of the house: cli -> studies -> runs -> compress, prune -> nn -> ops -> leaves."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "compress": LOW | {"ops", "nn"},
     "_info": {"_library"},
     "runs": LOW | {"ops", "nn", "prune", "compress", "_info"},
-    "cli": LOW | {"ops", "nn", "prune", "compress", "runs", "_info"},
+    "studies": LOW | {"ops", "nn", "prune", "compress", "runs", "_info"},
+    "cli": LOW | {"ops", "nn", "prune", "compress", "runs", "studies", "_info"},
     "__main__": {"cli"},
 }
 

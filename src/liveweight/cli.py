@@ -1,9 +1,10 @@
-"""The command line: liveweight prune | compress | bench | report | info | list."""
+"""The command line: liveweight prune | compress | bench | study | report | info | list."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import pathlib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,9 +15,10 @@ liveweight VERB ...
   prune RECIPE          train, prune, retrain, compress, measure, report
   compress CHECKPOINT   choose kernels again, for this machine
   bench CHECKPOINT      time a compressed model against its dense twin
-  report RUN            write report.md and plots of a run again
+  study NAME            train a whole grid of nets that compares methods
+  report RUN            write the report and plots of a run or a study again
   info                  versions, CPU, GPU, and which kernels this installation has
-  list WHAT             recipes, importances, formats, models or ops
+  list WHAT             recipes, studies, importances, formats, models or ops
 
 start here:
   liveweight prune lenet5-digits           LeNet-5 on 5,000 built-in digits, a few minutes
@@ -69,6 +71,7 @@ def _dispatch(words: list[str]) -> int:
         "prune": _prune,
         "compress": _compress,
         "bench": _bench,
+        "study": _study,
         "report": _report,
         "info": _info,
         "list": _list,
@@ -157,18 +160,32 @@ def _bench(words: list[str]) -> None:
     print(checkpoints.bench(**vars(parser.parse_args(words))))
 
 
+def _study(words: list[str]) -> None:
+    from liveweight.studies.command import study
+
+    study(words)
+
+
 def _report(words: list[str]) -> None:
     parser = _parser(
         "report",
-        "Write report.md and the plots of a finished run again, from its result.json.",
-        "  liveweight report runs/lenet5-digits\n",
+        "Write report.md and the plots of a finished run again, from its result.json; or the page\n"
+        "of a study, from its rows.",
+        "  liveweight report runs/lenet5-digits\n"
+        "  liveweight report runs/comparison --page results/comparison\n",
     )
-    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("run", metavar="RUN", help="a folder of a run or a study")
+    parser.add_argument("--page", metavar="DIR", help="study: write the page into this folder too")
     from liveweight.runs.folder import RunFolder
     from liveweight.runs.parse import parse_recipe
     from liveweight.runs.report import write_report
+    from liveweight.studies.command import report
 
-    folder = RunFolder(parser.parse_args(words).run)
+    arguments = parser.parse_args(words)
+    if (pathlib.Path(arguments.run) / "study.yaml").is_file():
+        print(report(arguments.run, arguments.page))
+        return
+    folder = RunFolder(arguments.run)
     result = folder.result()
     write_report(folder, parse_recipe(str(folder.path / "recipe.yaml")), result)
 
@@ -185,8 +202,11 @@ def _info(words: list[str]) -> None:
 
 def _list(words: list[str]) -> None:
     from liveweight._check import near_misses
-    from liveweight.runs.listing import LISTS
+    from liveweight.runs.listing import LISTS as OF_RUNS
     from liveweight.runs.parse import UsageError
+    from liveweight.studies.command import studies
+
+    LISTS = {"recipes": OF_RUNS["recipes"], "studies": studies, **OF_RUNS}
 
     parser = _parser(
         "list",

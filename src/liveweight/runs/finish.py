@@ -78,7 +78,7 @@ def finish(run: PruningRun) -> None:
     notes += fast.notes + latency_notes
     validation = evaluate(fast.model, run.data.validation)[0]
     result = {
-        "machine": machine_facts(run),
+        "machine": machine_facts(run.device),
         "data": {name: len(getattr(run.data, name)) for name in ("train", "validation", "test")},
         "input_shape": list(run.data.validation.inputs.shape[1:]),
         "iterates": rows,
@@ -127,7 +127,7 @@ def test_accuracies(
     return found
 
 
-def machine_facts(run: PruningRun) -> dict[str, str]:
+def machine_facts(device: torch.device) -> dict[str, str]:
     """Return date, versions and hardware: what a measured figure needs beside it."""
     facts = info()
     return {
@@ -135,7 +135,7 @@ def machine_facts(run: PruningRun) -> dict[str, str]:
         **facts.versions,
         **facts.cpu,
         "threads": str(torch.get_num_threads()),
-        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "logical cores": str(os.cpu_count()),
     }
 

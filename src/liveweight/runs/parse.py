@@ -88,14 +88,16 @@ def _default(entry: dataclasses.Field) -> object:
     return entry.default_factory()
 
 
-def check_options(overrides: list[str], options: type = Recipe) -> None:
-    """Raise UsageError for a word --key that is no field of the dataclass."""
+def check_options(
+    overrides: list[str], options: type = Recipe, more: tuple[str, ...] = ("print_config",)
+) -> None:
+    """Raise UsageError for a word --key that is no field of the dataclass and none of `more`."""
     known = {
         f"{prefix}.{entry.name}".lstrip(".")
         for prefix, cls in _sections(options)
         for entry in dataclasses.fields(cls)
         if section_type(entry) is None
-    } | {"print_config", "help"}
+    } | {"help", *more}
     for word in overrides:
         if not word.startswith("--"):
             continue

@@ -1,0 +1,7 @@
+"""Studies: grids of training runs that compare methods on real data, and their pages."""
+
+from __future__ import annotations
+
+from liveweight.studies.grid import Study
+
+STUDIES: dict[str, Study] = {study.name: study for study in ()}
