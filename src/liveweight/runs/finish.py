@@ -88,12 +88,13 @@ def finish(run: PruningRun) -> None:
         "compress": fast.to_dict(),
         "latency": latency,
         "files": file_sizes(folder.path),
+        "budget": run.budget,
         "notes": notes,
     }
     # Everything is decided and on disk; from here on the test set is only reported.
     result["test"] = test_accuracies(run, dense, fast, rows)
     folder.log(event="finish", chosen=chosen, test_accuracy=result["test"])
-    write_report(folder, recipe, result, say)
+    write_report(folder, run.asked, result, say)
 
 
 def settle_(run: PruningRun, model: nn.Module) -> list[str]:

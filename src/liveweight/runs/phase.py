@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +26,23 @@ if TYPE_CHECKING:
     from liveweight.runs.prune_run import PruningRun
 
 
+def make_training(
+    run: PruningRun, model: torch.nn.Module, recipe: TrainRecipe
+) -> tuple[torch.optim.Optimizer, Callable[..., float]]:
+    """Lay the model out as the recipe says; return (optimizer, train(split, seed, on_step))."""
+    convolves = any(isinstance(m, torch.nn.Conv2d) for m in model.modules())
+    if recipe.channels_last and convolves:
+        # Pooling and the gradients of convolutions take half the time this way on CPUs.
+        model.to(memory_format=torch.channels_last)
+    data, optimizer = run.recipe.data, make_optimizer(model, recipe)
+    options = {
+        "batch_size": recipe.batch_size,
+        "augment": Augment.make(recipe.augment, data.mean, data.std),
+        "autocast": autocast_type(recipe.precision, run.device),
+    }
+    return optimizer, functools.partial(train_epoch, model, optimizer=optimizer, **options)
+
+
 class Phase:
     """One phase of training, taken up from its last whole epoch."""
 
@@ -37,13 +56,7 @@ class Phase:
         else:
             self.model = run.build()
             prune.load_state_(self.model, state["model"])
-        self.augment = Augment.make(recipe.augment, run.recipe.data.mean, run.recipe.data.std)
-        self.autocast = autocast_type(recipe.precision, run.device)
-        convolves = any(isinstance(m, torch.nn.Conv2d) for m in self.model.modules())
-        if recipe.channels_last and convolves:
-            # Pooling and the gradients of convolutions take half the time this way on CPUs.
-            self.model.to(memory_format=torch.channels_last)
-        self.optimizer = make_optimizer(self.model, recipe)
+        self.optimizer, self.train = make_training(run, self.model, recipe)
         self.scheduler = make_scheduler(self.optimizer, recipe)
         if iteration:
             prune.keep_masks(self.model, self.optimizer)
@@ -87,16 +100,7 @@ class Phase:
         lr = self.scheduler.get_last_lr()[0]
         seed = order_seed(run.recipe.seed, self.iteration, self.epoch)
         with run.reporter.epoch(steps) as on_step:
-            loss = train_epoch(
-                self.model,
-                run.data.train,
-                self.optimizer,
-                self.recipe.batch_size,
-                seed,
-                on_step,
-                augment=self.augment,
-                autocast=self.autocast,
-            )
+            loss = self.train(run.data.train, seed=seed, on_step=on_step)
         if not math.isfinite(loss):
             raise ValueError(
                 f"iteration {self.iteration}, epoch {self.epoch + 1}: the training loss is {loss}; "

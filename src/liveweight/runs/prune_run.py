@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from liveweight import prune
 from liveweight._check import near_misses
 from liveweight.compress.measure import torch_threads
+from liveweight.runs.budget import describe, fit_budget, fitted, parse_duration
 from liveweight.runs.data import Dataset, load_data
 from liveweight.runs.folder import RunFolder
 from liveweight.runs.models import build_model
@@ -112,15 +113,22 @@ class PruningRun:
         reporter: Reporter,
         on_epoch: Callable[[int, int], None] = lambda iteration, epoch: None,
     ) -> None:
-        self.recipe, self.reporter, self.on_epoch = recipe, reporter, on_epoch
+        self.recipe = self.asked = recipe  # a budget makes a shorter one of what was asked
+        self.reporter, self.on_epoch = reporter, on_epoch
         self.device = check_device(recipe.device)
         if recipe.prune.iterations:
             make_importance(recipe.prune)
             structure_arguments(recipe.prune)
+        if recipe.budget is not None:
+            parse_duration(recipe.budget)
         self.data: Dataset = load_data(recipe.data, recipe.seed).to(self.device)
         self.build()  # names a bad model or bad arguments before the folder is made
         check_output(self.build(), self.data)
         self.folder = RunFolder.open(out, recipe)
+        self.budget = fit_budget(self)
+        if self.budget is not None:
+            reporter.say(describe(recipe, self.budget))
+            self.recipe = fitted(recipe, self.budget)
 
     def build(self) -> nn.Module:
         """Return the model with its first weights."""

@@ -133,6 +133,9 @@ class Recipe:
     seed: int = option(0, "of initial weights, order of samples and the pruning set")
     device: str = option("cpu", "cpu, cuda or cuda:N")
     threads: int | None = option(None, "CPU threads; default: torch's")
+    budget: str | None = option(
+        None, "time for the whole run, such as 20min: fewer epochs where it needs more, and says so"
+    )
     out: str | None = option(None, "run folder; default: runs/RECIPE")
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 
 from liveweight.runs import plots
+from liveweight.runs.budget import describe, fitted
 from liveweight.runs.folder import RunFolder
 from liveweight.runs.recipe import Recipe
 
@@ -13,7 +14,10 @@ from liveweight.runs.recipe import Recipe
 def write_report(
     folder: RunFolder, recipe: Recipe, result: dict, say: Callable[[str], None] = print
 ) -> None:
-    """Write plots, report.md and result.json, and say the summary; result.json marks the end."""
+    """Write plots, report.md and result.json, and say the summary; result.json marks the end.
+
+    recipe   as it was asked for; what a budget made of it is in the result
+    """
     drawn = []
     if recipe.report.plots:
         try:
@@ -79,7 +83,8 @@ def render(recipe: Recipe, result: dict, drawn: Sequence[str] = ()) -> str:
     parts = [
         f"# {recipe.model.name} pruned by {recipe.prune.importance}",
         "```\n" + summary(result) + "\n```",
-        _setting(recipe, result),
+        describe(recipe, budget) if (budget := result.get("budget")) else "",
+        _setting(fitted(recipe, result.get("budget")), result),
         "## Iterations",
         _iterates(result),
         _picture(drawn, "accuracy.png", "Accuracy against weights left"),
