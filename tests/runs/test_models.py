@@ -91,3 +91,13 @@ def test_models_that_cannot_be_built(name, arguments, message):
 def test_a_factory_that_gives_no_module():
     with pytest.raises(TypeError, match="gave a int, expected an nn.Module"):
         build_model("builtins:int")
+
+
+def test_the_net_for_speech_hears_pictures_of_sound():
+    model = build_model("speech-cnn", {"classes": 5}, seed=0)
+    assert model(torch.rand(2, 1, 32, 64)).shape == (2, 5)
+    assert build_model("speech-cnn", {"bands": 16, "frames": 24})(torch.rand(2, 1, 16, 24)).shape
+    with pytest.raises(ValueError, match=">= 8, got 7 x 64"):
+        build_model("speech-cnn", {"bands": 7})
+    assert set(trace(model).layers) >= {"features.0", "classifier.1", "classifier.4"}
+    assert sum(p.numel() for p in build_model("speech-cnn").parameters()) == 154_890

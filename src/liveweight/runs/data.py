@@ -1,4 +1,4 @@
-"""Data sets as tensors in memory: embedded digits, IDX folders, image folders, NumPy archives."""
+"""Data sets as tensors in memory: embedded digits, IDX, image folders, wav files, NumPy files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from liveweight.runs.audio import wav_source
 from liveweight.runs.idx import read_mnist_folder
 from liveweight.runs.images import Arrays, ImageFolders
 from liveweight.runs.recipe import DataRecipe
@@ -55,7 +56,13 @@ def load_data(recipe: DataRecipe, seed: int = 0) -> Dataset:
     Bytes are scaled to [0, 1], then mean and std are applied. Grey images [N, H, W] become
     [N, 1, H, W]. ValueError: missing, damaged or empty files, lengths that differ, bad labels.
     """
-    loader = {"digits": _digits, "idx": _idx, "images": _images, "numpy": _numpy}[recipe.source]
+    loader = {
+        "digits": _digits,
+        "idx": _idx,
+        "images": _images,
+        "numpy": _numpy,
+        "wav": lambda recipe: wav_source(recipe.path, recipe.size),
+    }[recipe.source]
     arrays, classes = loader(recipe)
     where = recipe.path or recipe.source
     for name, (inputs, labels) in arrays.items():

@@ -12,6 +12,7 @@ from liveweight._check import near_misses
 from liveweight.runs import resnet, vgg
 from liveweight.runs.initialize import initialize_
 from liveweight.runs.lenet import LeNet5, LeNet300
+from liveweight.runs.speech import SpeechCNN
 
 __all__ = ["MODELS", "LeNet5", "LeNet300", "build_model", "find_factory", "initialize_"]
 
@@ -23,6 +24,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg16": vgg.vgg16,
     "resnet20": resnet.resnet20,
     "resnet56": resnet.resnet56,
+    "speech-cnn": SpeechCNN,
 }
 
 

@@ -15,7 +15,7 @@ from liveweight._check import check_fraction, near_misses
 
 BUILT_IN = pathlib.Path(__file__).with_name("recipes")
 
-SOURCES = ("digits", "idx", "images", "numpy")
+SOURCES = ("digits", "idx", "images", "numpy", "wav")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 AUGMENTS = ("crop", "flip")
 PRECISIONS = ("fp32", "bf16", "auto")
@@ -47,10 +47,14 @@ class DataRecipe:
     """What it learns from."""
 
     source: str = option("digits", f"one of {', '.join(SOURCES)}")
-    path: str | None = option(None, "folder (idx, images: train/CLASS/*.png) or .npz file (numpy)")
+    path: str | None = option(
+        None,
+        "folder (idx; images: train/CLASS/*.png; wav: train/CLASS/*.wav or "
+        "DIGIT_SPEAKER_TAKE.wav), tar archive (wav) or .npz file (numpy)",
+    )
     validation: int = option(500, "samples split off train where the source has no validation set")
     channels: int = option(1, "images: 1 (grey) or 3 (RGB)")
-    size: list[int] = option([], "images: resize to [height, width]; empty: keep")
+    size: list[int] = option([], "images: resize to [height, width]; wav: [bands, frames]")
     mean: list[float] = option([], "per channel, subtracted after the scaling to [0, 1]")
     std: list[float] = option([], "per channel, divided by")
     limit: int | None = option(None, "at most so many samples per split, stratified; for trials")
