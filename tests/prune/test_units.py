@@ -122,6 +122,19 @@ def test_removed_units_take_bias_and_norm_along_and_shrink_follows(nets):
     torch.testing.assert_close(net(DATA[0]), want)
 
 
+def test_units_compare_by_what_they_carry_not_by_shares_of_their_own_total(nets):
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    with torch.no_grad():
+        net[0].weight[1::2] *= 100
+    data = [torch.randn(32, 4)]
+    found = score(net, data, importance="nnrelief", granularity="neuron")
+    carried = (net[0].weight.detach().abs() * data[0].abs().mean(0)).sum(1)
+    torch.testing.assert_close(found["0"], carried)
+    report = prune_(net, data, importance="nnrelief", granularity="neuron", sparsity=0.5)
+    assert net[0].weight.ne(0).any(1).tolist() == [False, True] * 3
+    assert report.layers[0].kept_mass == pytest.approx(float(carried[1::2].sum() / carried.sum()))
+
+
 def test_mass_keeps_the_fewest_units_of_a_layer(nets):
     net = nets.ConvNet().eval()
     scores = score(net, importance="magnitude", granularity="neuron")

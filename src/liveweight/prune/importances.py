@@ -62,6 +62,17 @@ class LayerScore:
     bias: Tensor | None = None
     unit_total: Tensor | None = None
 
+    def between_units(self) -> LayerScore:
+        """Return the scores as they were before a division by their unit's total.
+
+        A share of its own total says nothing about the unit itself.
+        """
+        if self.unit_total is None:
+            return self
+        total = self.unit_total.to(self.weight.dtype)
+        weight = self.weight * total.view(-1, *[1] * (self.weight.dim() - 1))
+        return LayerScore(weight, None if self.bias is None else self.bias * total)
+
 
 @runtime_checkable
 class Importance(Protocol):

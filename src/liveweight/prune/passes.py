@@ -144,6 +144,8 @@ def run_pass(
     scoring.called |= called & set(targets)
     scoring.collect(plan.model, data)
     scores = scoring.scores()
+    if rule.removes_units:
+        scores = {name: score.between_units() for name, score in scores.items()}
     if hasattr(importance, "solve"):
         selected = scoring.solve(plan, rule)
     else:

@@ -109,7 +109,8 @@ def score(
             found.bias[name] = layer_score.bias
         found.kinds[name], found.granularity[name] = targets[name].kind, targets[name].granularity
         if granularity == "neuron":
-            found[name] = Neurons().sums(layer_score.weight)[0].to(layer_score.weight.dtype)
+            weights = layer_score.between_units().weight
+            found[name] = Neurons().sums(weights)[0].to(weights.dtype)
             found.granularity[name] = granularity
     idle = {name: "never called with this data" for name in targets if name not in scoring.called}
     found.notes = [f"'{n}' left alone: {why}" for n, why in (left | idle).items()] + notes
