@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from liveweight.studies.comparison import COMPARISON
 from liveweight.studies.grid import Study
 
-STUDIES: dict[str, Study] = {study.name: study for study in ()}
+STUDIES: dict[str, Study] = {study.name: study for study in (COMPARISON,)}
