@@ -50,7 +50,8 @@ class NNRelief:
     activation, with their BatchNorm entries, and weighs the branch of a residual block against its
     shortcut. Convolutions are scored first, on the weights as they were; Linears then see the
     pruned convolutions. A conv is scored by kernels; granularity "weight" (our extension) takes the
-    response of each weight alone.
+    response of each weight alone. Whole neurons (our extension, too) compare by their load, S_j
+    without the bias: a sum of shares of S_j says nothing.
 
     Source: Dekhovich, Tax, Sluiter, Bessa, "Neural network relief: a pruning algorithm based on
     neural activity", Machine Learning 113, 2024, and the program its authors published.
