@@ -25,6 +25,7 @@ from liveweight.prune import (
     score,
     strip_,
 )
+from liveweight.runs.target import prune_to_
 
 __all__ = [
     "Info",
@@ -41,6 +42,7 @@ __all__ = [
     "ops",
     "prune",
     "prune_",
+    "prune_to_",
     "recalibrate_bn_",
     "rewind_",
     "save",

@@ -25,11 +25,14 @@ def choose_iterate(recipe: PruneRecipe, rows: list[dict]) -> tuple[int, str]:
     """Return (index, reason) of the iterate to keep; rows[0] is dense, only validation counts.
 
     smallest: fewest weights among those within tolerance points of dense validation accuracy;
-    best: highest validation accuracy among the pruned, fewest weights at a tie; last.
+    best: highest validation accuracy among the pruned, fewest weights at a tie; last, which is
+    also the one that a target asks for.
     """
     pruned = range(1, len(rows))
     if not pruned:
         return 0, "nothing was pruned"
+    if recipe.goal is not None:
+        return len(rows) - 1, "the recipe prunes to a target"
     if recipe.keep == "last":
         return len(rows) - 1, "the recipe keeps the last"
 
@@ -63,6 +66,8 @@ def finish(run: PruningRun) -> None:
     folder.save_tensors("dense", dense.state_dict(), {"model": recipe.to_dict()["model"]})
     model, _ = run.load(chosen)
     notes = settle_(run, model)
+    if recipe.prune.goal is not None and chosen:
+        notes.append(f"Target: {rows[chosen]['pruned']['target']['summary']}.")
     pruned_validation, _ = evaluate(model, run.data.validation)
 
     say("compress: measuring candidates on this machine")

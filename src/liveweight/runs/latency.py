@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from liveweight import compress
+from liveweight.compress.inputs import as_example_inputs
 
 
 def measure_latency(
@@ -39,10 +40,11 @@ def _row(name: str, row) -> dict:
     return {"name": name, "median_us": row.median_us, "speedup": 1 / row.ratio}
 
 
-def compiled(model: nn.Module, x: Tensor) -> nn.Module:
-    """Return a copy of the model compiled for inputs of exactly this shape."""
+def compiled(model: nn.Module, example_inputs: object) -> nn.Module:
+    """Return a copy of the model compiled for inputs of exactly these shapes."""
+    inputs = as_example_inputs("compiled", model, example_inputs)
     torch._dynamo.reset()
     twin = torch.compile(copy.deepcopy(model).eval(), dynamic=False)
     with torch.inference_mode():
-        twin(x)
+        twin(*inputs.args, **inputs.kwargs)
     return twin

@@ -26,6 +26,7 @@ from liveweight.runs.models import build_model
 from liveweight.runs.phase import Phase
 from liveweight.runs.progress import Reporter
 from liveweight.runs.recipe import PruneRecipe, Recipe, RecipeError, check_device
+from liveweight.runs.target import prune_to_
 from liveweight.runs.train import batches
 
 SCORING_BATCH = 250
@@ -142,13 +143,13 @@ class PruningRun:
         prune.load_state_(model, tensors)
         return model, facts
 
-    def pruning_batches(self) -> list[Tensor]:
-        """Return the inputs that are scored: the same training samples in every iteration."""
+    def pruning_batches(self) -> list[tuple[Tensor, Tensor]]:
+        """Return what is scored, (inputs, labels): the same training samples each iteration."""
         order = torch.randperm(
             len(self.data.train), generator=torch.Generator().manual_seed(self.recipe.seed)
         )
         chosen = self.data.train.take(order[: self.recipe.prune.samples].to(self.device))
-        return [x for x, _ in batches(chosen, SCORING_BATCH)]
+        return list(batches(chosen, SCORING_BATCH))
 
     def run_phase(self, iteration: int) -> None:
         """Train (0) or prune and retrain (1...) and write the best epoch as an iterate."""
@@ -169,23 +170,46 @@ class PruningRun:
     def prune(self, model: nn.Module, iteration: int) -> dict:
         """Prune the model, rewind it if the recipe says so, and return the report as a dict."""
         recipe = self.recipe.prune
+        cut = self._prune_by_rule if recipe.goal is None else self._prune_to_target
+        common = {"importance": make_importance(recipe), "ignore": recipe.ignore}
+        found = cut(model, iteration, common | structure_arguments(recipe))
+        if recipe.rewind == "init":
+            prune.rewind_(model, self.folder.load_tensors("init")[0])
+        return found
+
+    def _prune_by_rule(self, model: nn.Module, iteration: int, options: dict) -> dict:
+        recipe = self.recipe.prune
         goal: dict = {"alpha": recipe.alpha} if recipe.alpha is not None else {}
         if recipe.sparsity is not None:
             goal = {
                 "sparsity": step_sparsity(recipe.sparsity, iteration, recipe.iterations),
                 "scope": recipe.scope,
             }
-        goal |= structure_arguments(recipe)
-        report = prune.prune_(
+        report = prune.prune_(model, self.pruning_batches(), **options, **goal)
+        return json.loads(report.to_json())
+
+    def _prune_to_target(self, model: nn.Module, iteration: int, options: dict) -> dict:
+        """Go the iteration's part of the way; the facts hold the target's report, reached or not.
+
+        A target out of reach leaves the masks of the iteration before.
+        """
+        from liveweight.runs.finish import example_inputs
+
+        recipe = self.recipe.prune
+        size = 1 if recipe.target_flops is not None else self.recipe.compress.batch_sizes[0]
+        report = prune_to_(
             model,
             self.pruning_batches(),
-            importance=make_importance(recipe),
-            ignore=recipe.ignore,
-            **goal,
+            example_inputs(self, [size])[size],
+            **recipe.targets,
+            **options,
+            scope=recipe.scope,
+            part=iteration / recipe.iterations,
+            compile_dense=self.recipe.report.torch_compile,
         )
-        if recipe.rewind == "init":
-            prune.rewind_(model, self.folder.load_tensors("init")[0])
-        return json.loads(report.to_json())
+        self.reporter.say(f"  {report.summary()}")
+        facts = json.loads(report.to_json())
+        return (facts.pop("pruned") or {"layers": None}) | {"target": facts}
 
 
 def check_output(model: nn.Module, data: Dataset) -> None:

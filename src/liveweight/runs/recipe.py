@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from liveweight._check import check_fraction, near_misses
+from liveweight.runs.target_goal import Goal, parse_goal
 
 BUILT_IN = pathlib.Path(__file__).with_name("recipes")
 
@@ -92,6 +93,13 @@ class PruneRecipe:
         None, "share of importance kept per unit: a number or {conv: 0.9, linear: 0.95}"
     )
     sparsity: float | None = option(None, "share of weights removed in the end, instead of alpha")
+    target_latency: float | str | None = option(
+        None,
+        "seconds of one call, or a share of the fastest dense, e.g. 50%, at the first of "
+        "compress.batch_sizes; a target takes the place of alpha, sparsity and keep",
+    )
+    target_parameters: float | str | None = option(None, "parameters left, or a share, e.g. 10%")
+    target_flops: float | str | None = option(None, "FLOPs of one sample, or a share, e.g. 10%")
     granularity: str | None = option(None, "what is removed together; default: the criterion's")
     block: list[int] = option([], "granularity block: [height, width], output by input")
     pattern: list[int] = option([], "granularity vnm: [V, 2, M], without alpha and sparsity")
@@ -102,6 +110,18 @@ class PruneRecipe:
     rewind: str = option("init", "weights before retraining: init (first values) or none")
     keep: str = option("smallest", "smallest within tolerance, best on validation, or last")
     tolerance: float = option(1.0, "points of validation accuracy that smallest may lose")
+
+    @property
+    def targets(self) -> dict[str, float | str | None]:
+        """The arguments of prune_to_ that say what to prune to."""
+        names = ("target_latency", "target_parameters", "target_flops")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def goal(self) -> Goal | None:
+        """The target, None where alpha, sparsity or the pattern says how much goes."""
+        given = any(value is not None for value in self.targets.values())
+        return parse_goal(**self.targets) if given else None
 
 
 @dataclass(frozen=True)
@@ -268,7 +288,9 @@ def _check_training(name: str, train: TrainRecipe) -> None:
 
 def _check_pruning(prune: PruneRecipe) -> None:
     given = (prune.alpha is not None) + (prune.sparsity is not None)
-    if given != (0 if prune.pattern else 1) and prune.iterations:
+    if _has_goal(prune):
+        _demand(not prune.pattern, "prune.pattern", prune.pattern, "empty with a target")
+    elif given != (0 if prune.pattern else 1) and prune.iterations:
         if prune.pattern:
             raise RecipeError("prune.pattern says how much is kept: leave out alpha and sparsity")
         raise RecipeError(
@@ -294,6 +316,13 @@ def _check_pruning(prune: PruneRecipe) -> None:
     _one_of("prune.rewind", prune.rewind, REWINDS)
     _one_of("prune.keep", prune.keep, KEEPS)
     _one_of("prune.scope", prune.scope, ("layer", "global"))
+
+
+def _has_goal(prune: PruneRecipe) -> bool:
+    try:
+        return prune.goal is not None
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"prune: {error}") from None
 
 
 def check_device(name: str) -> torch.device:

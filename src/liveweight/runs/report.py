@@ -118,6 +118,8 @@ def _setting(recipe: Recipe, result: dict) -> str:
     goal = f"alpha {_plain(prune.alpha)}"
     if prune.sparsity is not None:
         goal = f"sparsity {prune.sparsity}"
+    if prune.goal is not None:
+        goal = f"to {prune.goal}"
     rows = [
         ("model", f"{recipe.model.name} {_plain(recipe.model.arguments)}".strip()),
         ("data", f"{recipe.data.source}: " + ", ".join(f"{n} {k}" for k, n in data.items())),
