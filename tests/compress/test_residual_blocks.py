@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from liveweight.compress import compress_, load, save
-from liveweight.nn import Residual
+from liveweight.nn import Residual, ShortcutMask
 
 from .nets import ALL_FASTER, Clock, settle, sparsify
 
@@ -81,6 +81,36 @@ def test_blocks_are_joined_saved_and_loaded(functional, tmp_path):
     x = torch.randn(2, 3, 6, 6)
     with torch.no_grad():
         assert torch.equal(fresh(x), model(x))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_masked_shortcuts_are_saved_and_loaded(fast, tmp_path):
+    model = settle(Net())
+    shortcut = ShortcutMask.behind(model.blocks[0].shortcut, 4, torch.device("cpu"))
+    shortcut[1].mask[1:3] = False
+    model.blocks[0].shortcut = shortcut
+    if fast:
+        compressed(model)
+        assert isinstance(model.blocks[0], Residual)
+    path, x = tmp_path / "net.safetensors", torch.randn(2, 3, 6, 6)
+    save(model.eval(), path)
+    fresh = load(path, settle(Net())).eval()
+    assert fresh.blocks[0].shortcut[1].mask.tolist() == [True, False, False, True]
+    with torch.no_grad():
+        assert torch.equal(fresh(x), model(x))
+        if not fast:
+            assert torch.equal(load(path, fresh)(x), model(x))  # the masks may be there already
+    wrong = settle(Net())
+    wrong.blocks[0].shortcut = nn.Identity()
+    with pytest.raises(
+        ValueError, match=r"blocks\.0\.shortcut is a Identity, expected a Sequential"
+    ):
+        load(path, wrong)
+    wrong.blocks[0].shortcut, wrong.head = nn.Sequential(), nn.Linear(5, 3)
+    before = dict(wrong.named_modules())
+    with pytest.raises(ValueError, match="head"):
+        load(path, wrong)
+    assert dict(wrong.named_modules()) == before  # without the mask that was put there
 
 
 def test_a_block_that_does_more_stays():

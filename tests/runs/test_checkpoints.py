@@ -123,3 +123,16 @@ def test_undo_sparse_brings_joined_modules_back():
     assert type(restored.classifier[1]) is nn.Linear
     for key, value in dense.state_dict().items():
         assert torch.equal(restored.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_undo_sparse_leaves_folded_norms_folded(affine):
+    conv, x = nn.Conv2d(2, 5, 3), torch.randn(2, 2, 6, 6)
+    sparse = SparseConv2d.from_dense(conv)
+    sparse.parts = ("0", "1")
+    dense = nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8, eps=0.1, affine=affine))
+    restored = undo_sparse_(nn.Sequential(sparse, nn.Identity()), dense.eval())
+    assert restored[1].num_features == 5 and restored[1].affine == affine
+    assert restored[1].shrunk_from == {"num_features": 8, "bias": affine}
+    with torch.no_grad():
+        torch.testing.assert_close(restored(x), conv(x))

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from liveweight.compress import edit, forms, packing, structure, swap
-from liveweight.nn import ByBatch, Residual
+from liveweight.nn import ByBatch, Residual, ShortcutMask
+from liveweight.nn.shortcut_mask import shortcut_mask
 
 _MASKS = ("weight_mask", "bias_mask")
 
@@ -34,10 +35,11 @@ class Rebuild:
 
     def apply(self) -> None:
         """Check everything, then change the model; on an error it is as it was."""
-        for name, entry in self.entries.items():
-            self._check_module(name, entry)
-        self._check_tensors()
         with edit.undone_on_error(self.model), torch.no_grad():
+            self._mask_shortcuts()
+            for name, entry in self.entries.items():
+                self._check_module(name, entry)
+            self._check_tensors()
             # Copies into tensors that stay come last: they can no longer fail.
             copies = self._place_tensors()
             self._place_modules()
@@ -47,16 +49,28 @@ class Rebuild:
     def _fail(self, words: str) -> ValueError:
         return ValueError(f"load: {self.path} does not fit the model: {words}")
 
+    def _mask_shortcuts(self) -> None:
+        """Put masks behind the shortcuts that the file has masked, so that names are the file's."""
+        for name, entry in self.entries.items():
+            if entry["type"] != "ShortcutMask" or shortcut_mask(self.modules.get(name)):
+                continue
+            self._check_module(name, entry)
+            device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+            wrapped = ShortcutMask.behind(self.modules[name], entry["channels"], device)
+            edit.replace_module_(self.model, name, wrapped)
+        self.modules = dict(self.model.named_modules())
+
     def _check_module(self, name: str, entry: dict) -> None:
         module = self.modules.get(name)
         if module is None:
             raise self._fail(f"it has no module {name!r}")
         wanted = entry.get("dense") or entry.get("was") or entry["type"]
-        got = type(module).__name__
+        masked = entry["type"] == "ShortcutMask" and shortcut_mask(module) is not None
+        got = type(module[0] if masked else module).__name__
         if got != wanted:
             hint = "; load wants a dense instance" if forms.is_ours(module) else ""
             raise self._fail(f"{name} is a {got}, expected a {wanted}{hint}")
-        if entry["type"] in ("Identity", "Residual"):
+        if entry["type"] in ("Identity", "Residual", "ShortcutMask"):
             return
         was = entry.get("from", entry["sizes"])
         for size, value in entry["sizes"].items():
@@ -143,7 +157,7 @@ class Rebuild:
             else:
                 module.register_buffer(leaf, value)
         for name, entry in self.entries.items():
-            if name not in self.replaced and name not in self.blocks:
+            if name not in self.replaced and "sizes" in entry:
                 _set_sizes(self.modules[name], entry)
         return copies
 

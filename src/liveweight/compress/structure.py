@@ -6,6 +6,7 @@ from torch import nn
 
 from liveweight.compress import forms
 from liveweight.nn import ByBatch, Residual
+from liveweight.nn.shortcut_mask import shortcut_mask
 
 # Sizes that shrinking changes, by module type.
 SIZES: dict[type, tuple[str, ...]] = {
@@ -19,7 +20,7 @@ _CONV = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode
 
 
 def describe(model: nn.Module) -> dict[str, dict]:
-    """Return module name -> its entry, for each module sparse, packed, absorbed or shrunken."""
+    """Return module name -> its entry, each sparse, packed, absorbed, shrunken or masked."""
     entries: dict[str, dict] = {}
     inside = forms.inside_by_batch(model)
     for name, module in model.named_modules():
@@ -31,6 +32,9 @@ def describe(model: nn.Module) -> dict[str, dict]:
                 entries[part] = {"type": "Identity", "was": kind}
         elif isinstance(module, Residual):
             entries[name] = _residual_entry(module)
+        elif (mask := shortcut_mask(module)) is not None:
+            entry = {"type": "ShortcutMask", "was": type(module[0]).__name__}
+            entries[name] = entry | {"channels": mask.mask.numel()}
         elif type(module) in SIZES and hasattr(module, "shrunk_from"):
             entries[name] = _sizes_entry(module, type(module))
     return entries

@@ -4,7 +4,16 @@ from liveweight.nn.by_batch import ByBatch
 from liveweight.nn.packed_conv2d import PackedConv2d
 from liveweight.nn.packed_linear import PackedLinear
 from liveweight.nn.residual import Residual
+from liveweight.nn.shortcut_mask import ShortcutMask
 from liveweight.nn.sparse_conv2d import SparseConv2d
 from liveweight.nn.sparse_linear import SparseLinear
 
-__all__ = ["ByBatch", "PackedConv2d", "PackedLinear", "Residual", "SparseConv2d", "SparseLinear"]
+__all__ = [
+    "ByBatch",
+    "PackedConv2d",
+    "PackedLinear",
+    "Residual",
+    "ShortcutMask",
+    "SparseConv2d",
+    "SparseLinear",
+]

@@ -5,6 +5,7 @@ The verbs are `score`, `prune_`, `cluster_`, `keep_masks`, `strip_`, `masks`, `a
 must offer.
 """
 
+from liveweight.nn import ShortcutMask
 from liveweight.prune.activity import Activity, Observer
 from liveweight.prune.activity_criteria import Ria, Wanda
 from liveweight.prune.adapt import AdaptReport, adapt_
@@ -34,7 +35,6 @@ from liveweight.prune.nnrelief import NNRelief
 from liveweight.prune.pruner import Pruner
 from liveweight.prune.quantize import QuantizedRow, quantize_weights_
 from liveweight.prune.report import LayerRow, PruneReport, Scores
-from liveweight.prune.residual import ShortcutMask
 from liveweight.prune.retrain import load_state_, recalibrate_bn_, rewind_
 from liveweight.prune.schedule import Cubic, Iterative, OneShot, Schedule, Then
 from liveweight.prune.structure import check_structure

@@ -6,27 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from liveweight._graph import ResidualBlock
+from liveweight.nn import ShortcutMask
 from liveweight.prune.activity import Activity, Watch
 from liveweight.prune.plan import Plan
-
-
-class ShortcutMask(nn.Module):
-    """Multiply the channels of a shortcut by a fixed 0/1 mask: y[n, c] = mask[c] x[n, c].
-
-    mask   bool [C], a persistent buffer
-    """
-
-    channelwise = True
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.register_buffer("mask", torch.ones(channels, dtype=torch.bool))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.mask.to(x.dtype).view(-1, 1, 1)
-
-    def extra_repr(self) -> str:
-        return f"channels={self.mask.numel()}, kept={int(self.mask.sum())}"
 
 
 def find_shortcut_mask(model: nn.Module, block: ResidualBlock) -> ShortcutMask | None:
@@ -43,11 +25,11 @@ def attach_shortcut_mask_(model: nn.Module, block: ResidualBlock, kept: Tensor) 
     """Set a block's shortcut mask; the first time, wrap the module in Sequential with a mask."""
     mask = find_shortcut_mask(model, block)
     if mask is None:
-        mask = ShortcutMask(kept.numel()).to(kept.device)
         parent_name, _, name = block.shortcut.rpartition(".")
         old = model.get_submodule(block.shortcut)
-        wrapped = nn.Sequential(old, mask).train(old.training)
+        wrapped = ShortcutMask.behind(old, kept.numel(), kept.device)
         setattr(model.get_submodule(parent_name), name, wrapped)
+        mask = wrapped[1]
     mask.mask.copy_(kept)
 
 

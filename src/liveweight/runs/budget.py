@@ -88,7 +88,9 @@ def time_epoch(run: PruningRun) -> float:
         seconds = train(steps)
     held = min(len(data.validation), _VALIDATION)
     part = data.validation.take(torch.arange(held, device=data.validation.labels.device))
-    checking = _seconds(lambda: evaluate(model, part)) * len(data.validation) / held
+    checking = (
+        _seconds(lambda: evaluate(model, part, run.autocast(0))) * len(data.validation) / held
+    )
     return seconds * whole / min(steps, whole) + checking
 
 

@@ -115,12 +115,16 @@ def undo_sparse_(model: nn.Module, dense: nn.Module) -> nn.Module:
     """Put dense layers with the same numbers in place of sparse ones; return the model.
 
     dense is an instance of the class as it was built: modules that were joined into a sparse one
-    (activation, pool) come back from there.
+    (activation, pool) come back from there. BatchNorm stays folded into the weights: one that
+    changes nothing takes its place.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, (lwnn.SparseLinear, lwnn.SparseConv2d)):
             for part in module.parts[1:]:
-                _replace(model, part, dense.get_submodule(part))
+                joined = dense.get_submodule(part)
+                if isinstance(joined, nn.modules.batchnorm._BatchNorm):
+                    joined = _neutral_norm(joined, len(module.weight))
+                _replace(model, part, joined)
             _replace(model, name, _dense_layer(module))
     return model
 
@@ -128,6 +132,18 @@ def undo_sparse_(model: nn.Module, dense: nn.Module) -> nn.Module:
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new.eval())
+
+
+@torch.no_grad()
+def _neutral_norm(norm: nn.modules.batchnorm._BatchNorm, channels: int) -> nn.Module:
+    """Return a BatchNorm of that many channels that gives back its input in evaluation mode."""
+    variance: Tensor = norm.running_var
+    options = {"eps": norm.eps, "momentum": norm.momentum, "affine": norm.affine}
+    new = type(norm)(channels, **options, device=variance.device, dtype=variance.dtype)
+    new.running_var.fill_(1 - norm.eps)
+    if channels != norm.num_features:
+        new.shrunk_from = {"num_features": norm.num_features, "bias": norm.affine}
+    return new
 
 
 @torch.no_grad()

@@ -122,14 +122,18 @@ def example_inputs(run: PruningRun, sizes: list[int]) -> dict[int, torch.Tensor]
 def test_accuracies(
     run: PruningRun, dense: nn.Module, fast: FastModel, rows: list[dict]
 ) -> dict[str, float]:
-    """Return test accuracies: dense, compressed, and of each iterate as information."""
+    """Return test accuracies: dense and compressed in float32; each iterate's, for information.
+
+    Iterates are evaluated in the type they were trained in.
+    """
     test = run.data.test
     found = {
         "dense": evaluate(dense, test)[0],
         "compressed": evaluate(fast.model, test)[0],
     }
     for row in rows:
-        row["test_accuracy"] = evaluate(run.load(row["iteration"])[0], test)[0]
+        iteration = row["iteration"]
+        row["test_accuracy"] = evaluate(run.load(iteration)[0], test, run.autocast(iteration))[0]
     return found
 
 

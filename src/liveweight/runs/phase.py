@@ -57,6 +57,7 @@ class Phase:
             self.model = run.build()
             prune.load_state_(self.model, state["model"])
         self.optimizer, self.train = make_training(run, self.model, recipe)
+        self.autocast = run.autocast(iteration)
         self.scheduler = make_scheduler(self.optimizer, recipe)
         if iteration:
             prune.keep_masks(self.model, self.optimizer)
@@ -107,7 +108,7 @@ class Phase:
                 "lower the learning rate"
             )
         self.scheduler.step()
-        accuracy, validation_loss = evaluate(self.model, run.data.validation)
+        accuracy, validation_loss = evaluate(self.model, run.data.validation, self.autocast)
         self.epoch += 1
         seconds = time.perf_counter() - start
         self.seconds += seconds

@@ -24,8 +24,9 @@ from liveweight.runs.data import Dataset, load_data
 from liveweight.runs.folder import RunFolder
 from liveweight.runs.models import build_model
 from liveweight.runs.phase import Phase
+from liveweight.runs.pipeline import autocast_type
 from liveweight.runs.progress import Reporter
-from liveweight.runs.recipe import PruneRecipe, Recipe, RecipeError, check_device
+from liveweight.runs.recipe import PruneRecipe, Recipe, RecipeError, TrainRecipe, check_device
 from liveweight.runs.target import prune_to_
 from liveweight.runs.train import batches
 
@@ -136,6 +137,14 @@ class PruningRun:
         model = self.recipe.model
         return build_model(model.name, model.arguments, self.recipe.seed).to(self.device)
 
+    def training(self, iteration: int) -> TrainRecipe:
+        """Return how a phase trains."""
+        return self.recipe.retrain if iteration else self.recipe.train
+
+    def autocast(self, iteration: int) -> torch.dtype | None:
+        """Return the type that a phase trains and is validated in; None: float32."""
+        return autocast_type(self.training(iteration).precision, self.device)
+
     def load(self, iteration: int) -> tuple[nn.Module, dict]:
         """Return the best model of a finished phase, masks attached, and its facts."""
         tensors, facts = self.folder.load_tensors(f"iterates/{iteration:02d}")
@@ -159,7 +168,7 @@ class PruningRun:
         title = "train dense" if iteration == 0 else f"prune and retrain {iteration}"
         if iteration:
             title += f"/{self.recipe.prune.iterations}"
-        recipe = self.recipe.retrain if iteration else self.recipe.train
+        recipe = self.training(iteration)
         with self.reporter.phase(title, recipe.epochs, state["epoch"] if state else 0):
             phase = Phase(self, iteration, recipe, state)
             while phase.epoch < recipe.epochs:

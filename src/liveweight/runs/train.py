@@ -90,13 +90,20 @@ def casting(device: torch.device, autocast: torch.dtype | None) -> torch.autocas
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
-    """Return (accuracy in [0, 1], mean cross entropy) in evaluation mode."""
+def evaluate(
+    model: nn.Module, split: Split, autocast: torch.dtype | None = None
+) -> tuple[float, float]:
+    """Return (accuracy in [0, 1], mean cross entropy) in evaluation mode.
+
+    autocast   what torch.autocast computes in, such as torch.bfloat16; None: float32
+    """
     model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=split.labels.device)
-    total = torch.zeros((), device=split.labels.device)
+    device = split.labels.device
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    total = torch.zeros((), device=device)
     for x, y in batches(split, EVALUATION_BATCH):
-        output = model(x)
+        with casting(device, autocast):
+            output = model(x).float()
         correct += (output.argmax(1) == y).sum()
         total += nn.functional.cross_entropy(output, y, reduction="sum")
     return int(correct) / len(split), float(total) / len(split)
