@@ -48,7 +48,8 @@ def adapt_(
     adaptation); without, everything is trained at once for the sum of the epochs (blind
     adaptation). The net stays in eval mode: BatchNorm and dropout do not move. Masks hold.
 
-    data            batches of inputs (labels beside them are not looked at), taken every epoch
+    data            batches of inputs (labels beside them are not looked at), taken every epoch, in
+                    any order, and held for that long
     units           by layer name, bool [out] (HyperHypo.units)
     epochs          of stage 1 and stage 2
     margin          in [0, 1)
@@ -58,12 +59,14 @@ def adapt_(
     Our definition of selective adaptation; the formulas of the paper that proposes it (Mitra,
     Franco, arXiv 2001.01755) are not public.
     Raises ValueError for a margin out of range, unusable epochs, unknown layers or shapes, an
-    iterator as data, and a loss that is not finite (the net is then as it was).
+    iterator as data, frozen parameters alone, torch.inference_mode, and outputs or a loss that are
+    not finite (the net is then as it was).
     """
     first, second = _check(model, data, epochs, margin)
     batches = Batches(data, steps)
     make = make_optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=lr))
     before = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    gradients = [(p, p.grad) for p in model.parameters()]
     report = AdaptReport()
     run = _Run(model, batches, margin, loss or cross_entropy, make, report)
     try:
@@ -75,10 +78,17 @@ def adapt_(
     except BaseException:
         model.load_state_dict(before)
         raise
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
     return report
 
 
 def _check(model: nn.Module, data: Iterable, epochs: object, margin: float) -> tuple[int, int]:
+    if torch.is_inference_mode_enabled():
+        raise ValueError("adapt_ needs gradients, which torch.inference_mode rules out")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("adapt_: nothing to train: no parameter requires gradients")
     if iter(data) is data:
         raise ValueError("adapt_: data is taken every epoch: give an iterable, not an iterator")
     if not 0 <= margin < 1:
@@ -155,33 +165,37 @@ class _Run:
         keeper = keep_masks(self.model, optimizer)
         try:
             for epoch in range(1, epochs + 1):
-                labels = self._labels()
                 row = {"stage": number, "epoch": epoch}
-                self.report.rows.append(row | self._epoch(optimizer, labels, parts))
+                self.report.rows.append(row | self._epoch(optimizer, self._labelled(), parts))
         finally:
             keeper.remove()
 
     @torch.no_grad()
-    def _labels(self) -> list[tuple[Tensor, Tensor]]:
-        """Return per batch the labels and which samples are sure enough."""
+    def _labelled(self) -> list[tuple[object, Tensor, Tensor]]:
+        """Return every batch with its labels and which samples are sure enough.
+
+        The batches themselves: a loader that shuffles gives others, in another order, next time.
+        """
         found = []
         with evaluating(self.model):
             for batch in self.batches:
                 output, _ = call(self.model, batch, self.devices)
+                if not bool(torch.isfinite(output).all()):
+                    raise ValueError("adapt_: the output is not finite")
                 best = F.softmax(output.float(), dim=1).topk(2, dim=1)
                 sure = best.values[:, 0] - best.values[:, 1] > self.margin
-                found.append((best.indices[:, 0], sure))
+                found.append((batch, best.indices[:, 0], sure))
         return found
 
     def _epoch(
         self,
         optimizer: torch.optim.Optimizer,
-        labels: list[tuple[Tensor, Tensor]],
+        labelled: list[tuple[object, Tensor, Tensor]],
         parts: dict[nn.Parameter, Tensor] | None,
     ) -> dict[str, float]:
         total, used, samples = 0.0, 0, 0
         with evaluating(self.model), torch.enable_grad():
-            for batch, (label, sure) in zip(self.batches, labels, strict=True):
+            for batch, label, sure in labelled:
                 samples += len(sure)
                 if not bool(sure.any()):
                     continue

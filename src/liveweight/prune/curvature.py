@@ -34,7 +34,14 @@ def per_sample(
             outputs = run.outputs(weights, x[0]).numel() if len(x) else 1
         at_once = max(1, CHUNK_BYTES // max(1, size * (outputs + 1)))
         for part, tags in zip(x.split(at_once), labels.split(at_once), strict=True):
+            run.check_losses(_losses(run, weights, part, tags))
             yield tuple({n: t.detach() for n, t in d.items()} for d in both(weights, part, tags))
+
+
+@torch.no_grad()
+def _losses(run: LabelledData, weights: dict[str, Tensor], x: Tensor, labels: Tensor) -> Tensor:
+    """Return the samples' losses [samples]; a decomposition of NaN would only say it failed."""
+    return vmap(run.function(), in_dims=(None, 0, 0), randomness="different")(weights, x, labels)
 
 
 def _gauss_newton(run: LabelledData):
@@ -61,6 +68,7 @@ def exact_diagonal(run: LabelledData, data: Iterable) -> dict[str, Tensor]:
     total = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in weights.items()}
     for x, labels in run.batches(data):
         samples = len(x)
+        run.check_losses(_losses(run, weights, x, labels))
 
         def mean_loss(w: dict[str, Tensor], x: Tensor = x, labels: Tensor = labels) -> Tensor:
             return vmap(run.function(), in_dims=(None, 0, 0))(w, x, labels).mean()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad_and_value, vmap
 
 from liveweight.prune.batches import call, evaluating, model_devices
 from liveweight.prune.importances import Target
@@ -94,6 +94,13 @@ class LabelledData:
             raise ValueError(f"importance '{self.owner}': the loss is {float(loss.detach())}")
         return loss
 
+    def check_losses(self, losses: Tensor) -> None:
+        """Raise ValueError where one of the samples' losses is not finite."""
+        losses = losses.detach()
+        bad = losses[~torch.isfinite(losses)]
+        if len(bad):
+            raise ValueError(f"importance '{self.owner}': the loss of a sample is {float(bad[0])}")
+
     def gradients(self, data: Iterable) -> Iterator[tuple[dict[str, Tensor], int]]:
         """Yield, batch by batch, the gradients of the mean loss and the number of samples."""
         weights = list(self.weights.values())
@@ -133,12 +140,14 @@ class LabelledData:
     def per_sample(self, data: Iterable) -> Iterator[dict[str, Tensor]]:
         """Yield per-sample gradients by layer name, [samples, *weight], a chunk at a time."""
         weights = self.detached()
-        derive = vmap(grad(self.function()), in_dims=(None, 0, 0), randomness="different")
+        derive = grad_and_value(self.function())
+        derive = vmap(derive, in_dims=(None, 0, 0), randomness="different")
         size = sum(w.numel() * w.element_size() for w in weights.values())
         at_once = max(1, CHUNK_BYTES // max(1, size))
         for x, labels in self.batches(data):
             for part, tags in zip(x.split(at_once), labels.split(at_once), strict=True):
-                found = derive(weights, part, tags)
+                found, losses = derive(weights, part, tags)
+                self.check_losses(losses)
                 for name, g in found.items():
                     if not bool(torch.isfinite(g).all()):
                         raise ValueError(
