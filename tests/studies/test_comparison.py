@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from liveweight import prune
+from liveweight.runs.models import build_model
 from liveweight.runs.recipe import RecipeError
 from liveweight.studies import comparison_methods as methods
 from liveweight.studies.comparison import COMPARISON, ComparisonOptions, cells
@@ -106,6 +107,15 @@ def test_bytes_of_sparse_dense_and_quantized_weights():
     prune.strip_(net)
     rows = prune.quantize_weights_(net, 3)
     assert methods.quantized_bytes(net, rows) == (512 * 3 // 8 + 16) + (32 * 3 // 8 + 8) + 4 * 4
+
+
+@pytest.mark.parametrize(("sparsity", "bits"), [(0.91, 4), (0.96, 2)])
+def test_the_default_sparsities_meet_bit_widths_at_equal_bytes(sparsity, bits):
+    assert sparsity in ComparisonOptions().sparsities and bits in ComparisonOptions().bits
+    net, twin = build_model("lenet300", seed=0), build_model("lenet300", seed=0)
+    prune.prune_(net, importance="magnitude", sparsity=sparsity)
+    size = methods.quantized_bytes(twin, prune.quantize_weights_(twin, bits))
+    assert 0.92 * size < methods.pruned_bytes(net) <= size
 
 
 def test_cells_are_every_method_where_it_makes_sense_seed_by_seed():
