@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune as torch_prune
 
 import liveweight as lw
 from liveweight.runs import target_cost
@@ -338,6 +339,48 @@ def test_a_loop_of_ones_own_goes_part_of_the_way():
     whole = lw.prune_to_(model, None, X, part=1.0, **options)
     assert whole.target == pytest.approx(0.25 * TOTAL)
     assert whole.cost <= whole.target and whole.dense == half.dense == TOTAL
+
+
+def test_a_model_that_meets_the_target_already_stays_as_it_is():
+    model = make()
+    options = {"target_parameters": "25%", "importance": "magnitude"}
+    lw.prune_to_(model, None, X, **options)
+    before = state(model)
+    report = lw.prune_to_(model, None, X, **options | {"target_parameters": "40%"})
+    assert report.reached and report.sparsity == 0.0 and len(report.trials) <= 3
+    assert "nothing more has to go" in report.summary()
+    assert_untouched(before, model)
+
+
+def test_masks_of_torch_are_taken_along():
+    model = make().train()
+    torch_prune.l1_unstructured(model[7], "weight", 0.5)
+    model(DATA[0][0])  # leaves a tensor in the module that cannot be copied
+    computed = model[7].weight
+    with pytest.raises(ValueError, match="matches nothing"):
+        lw.prune_to_(model, None, X, target_flops="20%", importance="magnitude", ignore="none")
+    assert model[7].weight is computed and not computed.is_leaf
+    report = lw.prune_to_(model, None, X, target_flops="20%", importance="magnitude")
+    assert report.reached and report.dense == FLOPS
+    assert len(lw.masks(model)) == 4 and not hasattr(model[7], "weight_orig")
+
+
+def test_what_cannot_be_traced_is_pruned_without_shrinking():
+    class Forked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 4)
+
+        def forward(self, x, twice):
+            h = self.first(x)
+            return self.second(2 * h if h.sum() > 0 else h) + twice
+
+    model = Forked()
+    x = {"x": torch.randn(3, 6), "twice": torch.ones(1)}
+    report = lw.prune_to_(model, [x], x, target_flops="50%", importance="wanda")
+    assert report.reached and report.dense == 2 * 3 * (48 + 32)
+    kept = int(model.first.weight.count_nonzero() + model.second.weight.count_nonzero())
+    assert report.cost == 6 * kept
 
 
 def test_options_of_prune_reach_it():

@@ -86,6 +86,19 @@ def test_nothing_is_tried_twice_where_dense_is_cheap_enough():
     assert search.best == 0.0
 
 
+def test_a_target_that_is_met_with_nothing_pruned_takes_three_trials():
+    search, asked = find(lambda s: 40 * (1 - s), 50.0, dense=100.0)
+    assert len(asked) == 3 and asked[-1] == search.best == 0.0
+    assert search.stopped == "nothing more has to go"
+
+
+def test_a_plateau_below_dense_is_told_from_the_target():
+    """Compressing alone takes a third; pruning must do the rest."""
+    search, asked = find(lambda s: 66 * (1 - s) if s else 66.0, 50.0, dense=100.0)
+    assert 66 * (1 - search.best) == pytest.approx(49.5, abs=0.5)
+    assert len(asked) <= 5
+
+
 def test_noise_does_not_keep_it_from_ending_near_the_target():
     for seed in range(20):
         noise = random.Random(seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable
 
@@ -15,7 +14,15 @@ from liveweight.prune.batches import Batches
 from liveweight.prune.cut import cut_layers
 from liveweight.prune.importances import Importance, resolve_importance
 from liveweight.prune.selectors import Selector
-from liveweight.runs.target_cost import COUNTS, Cost, Flops, Given, Latency, Parameters
+from liveweight.runs.target_cost import (
+    COUNTS,
+    Cost,
+    Flops,
+    Given,
+    Latency,
+    Parameters,
+    copied,
+)
 from liveweight.runs.target_goal import Goal, parse_goal
 from liveweight.runs.target_guess import expected_sparsity
 from liveweight.runs.target_report import TargetReport, Trial
@@ -207,7 +214,7 @@ class _Way:
         return None
 
     def _try(self, sparsity: float, importance: Importance) -> float:
-        twin = copy.deepcopy(self.model)
+        twin = copied(self.model)
         self._prune(twin, sparsity, importance)
         return math.inf if cut_layers(twin) else self.cost.of(twin)
 

@@ -35,9 +35,29 @@ class Cost(Protocol):
     def of(self, model: nn.Module) -> float: ...
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """Return a deep copy, also of a model whose weights torch.nn.utils.prune computed in a call.
+
+    Such tensors hang in the graph of autograd and refuse to be copied.
+    """
+    held = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in module.__dict__.items()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    try:
+        for module, name, value in held:
+            module.__dict__[name] = value.detach()
+        return copy.deepcopy(model)
+    finally:
+        for module, name, value in held:
+            module.__dict__[name] = value
+
+
 def dense_twin(model: nn.Module) -> nn.Module:
     """Return a copy without masks and without zeros in its weights: what dense costs, not says."""
-    twin = copy.deepcopy(model).eval()
+    twin = copied(model).eval()
     prune.strip_(twin)
     with torch.no_grad():
         for module in twin.modules():

@@ -26,7 +26,8 @@ class Search:
     """Asks for the cost at one sparsity after another: `while (s := search.ask()) is not None`.
 
     target      cost to get down to
-    dense       cost at sparsity 0
+    dense       cost of the dense model; at sparsity 0 the cost may be lower, where the model was
+                pruned before or compressing alone makes it faster
     highest     sparsity beyond which nothing is tried
     tolerance   a cost in [(1 - tolerance) target, target] is near enough
     most        trials at most
@@ -83,6 +84,8 @@ class Search:
     def ask(self) -> float | None:
         """Return the sparsity to try next, None where the search is over; `stopped` says why."""
         best = self.best
+        if best == 0.0:
+            return self._stop("nothing more has to go")
         if best is not None and self._costs[best] >= (1.0 - self.tolerance) * self.target:
             return self._stop(f"within {100 * self.tolerance:g}% of the target")
         if self.count >= self.most:
@@ -115,6 +118,8 @@ class Search:
 
     def _inside(self, high: float) -> float | None:
         low, above = self._low(high)
+        if low == 0.0 and 0.0 not in self._costs and self.count > 1:
+            return 0.0  # two trials met the target: perhaps it is met with nothing pruned
         width = high - low
         if width <= self.resolution:
             return self._stop("a little less sparsity misses the target")
