@@ -16,7 +16,7 @@ liveweight VERB ...
   compress CHECKPOINT   choose kernels again, for this machine
   bench CHECKPOINT      time a compressed model against its dense twin
   study NAME            train a whole grid of nets that compares methods
-  report RUN            write the report and plots of a run or a study again
+  report RUN [RUN ...]  write the report of a run or study again, or one page of several runs
   info                  versions, CPU, GPU, and which kernels this installation has
   list WHAT             recipes, studies, importances, formats, models or ops
 
@@ -169,23 +169,38 @@ def _study(words: list[str]) -> None:
 def _report(words: list[str]) -> None:
     parser = _parser(
         "report",
-        "Write report.md and the plots of a finished run again, from its result.json; or the page\n"
-        "of a study, from its rows.",
+        "Write report.md and the plots of a finished run again, from its result.json; the page of\n"
+        "a study, from its rows; or one page over several runs: seeds of a recipe, or recipes.",
         "  liveweight report runs/lenet5-digits\n"
-        "  liveweight report runs/comparison --page results/comparison\n",
+        "  liveweight report runs/comparison --page results/comparison\n"
+        "  liveweight report runs/lenet5-mnist-0 runs/lenet5-mnist-1 --page results/lenet5\n"
+        "  liveweight report results/lenet5      the same page again, from its own data\n"
+        "  liveweight report results/lenet5 runs/lenet5-mnist-2 --page results/lenet5\n",
     )
-    parser.add_argument("run", metavar="RUN", help="a folder of a run or a study")
-    parser.add_argument("--page", metavar="DIR", help="study: write the page into this folder too")
-    from liveweight.runs.folder import RunFolder
-    from liveweight.runs.parse import parse_recipe
-    from liveweight.runs.report import write_report
+    parser.add_argument("run", metavar="RUN", nargs="+", help="a folder of a run, study or page")
+    parser.add_argument("--page", metavar="DIR", help="write the page into this folder")
+    from liveweight.runs import collect
+    from liveweight.runs.parse import UsageError
     from liveweight.studies.command import report
 
     arguments = parser.parse_args(words)
-    if (pathlib.Path(arguments.run) / "study.yaml").is_file():
-        print(report(arguments.run, arguments.page))
-        return
-    folder = RunFolder(arguments.run)
+    runs, page = arguments.run, arguments.page
+    if page is None and len(runs) > 1:
+        raise UsageError("several runs make one page: say where with --page DIR")
+    if len(runs) == 1 and (pathlib.Path(runs[0]) / "study.yaml").is_file():
+        print(report(runs[0], page))
+    elif page is not None or collect.is_page(runs[0]):
+        collect.write_page(runs, page or runs[0])
+    else:
+        _report_run(runs[0])
+
+
+def _report_run(run: str) -> None:
+    from liveweight.runs.folder import RunFolder
+    from liveweight.runs.parse import parse_recipe
+    from liveweight.runs.report import write_report
+
+    folder = RunFolder(run)
     result = folder.result()
     write_report(folder, parse_recipe(str(folder.path / "recipe.yaml")), result)
 

@@ -33,7 +33,10 @@ def write_report(
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return a Markdown table that also reads as plain text; columns of figures are set right."""
     body = [[str(value).replace("|", "\\|") for value in row] for row in rows]
-    right = [bool(body) and all(row[i][:1].isdigit() for row in body) for i in range(len(headers))]
+    right = [
+        bool(body) and all(row[i].lstrip("+-")[:1].isdigit() for row in body)
+        for i in range(len(headers))
+    ]
     widths = [max(len(row[i]) for row in [list(headers), *body]) for i in range(len(headers))]
 
     def line(row: Sequence[str]) -> str:
@@ -84,7 +87,7 @@ def render(recipe: Recipe, result: dict, drawn: Sequence[str] = ()) -> str:
         f"# {recipe.model.name} pruned by {recipe.prune.importance}",
         "```\n" + summary(result) + "\n```",
         describe(recipe, budget) if (budget := result.get("budget")) else "",
-        _setting(fitted(recipe, result.get("budget")), result),
+        setting(fitted(recipe, result.get("budget")), result),
         "## Iterations",
         _iterates(result),
         _picture(drawn, "accuracy.png", "Accuracy against weights left"),
@@ -113,7 +116,8 @@ def _picture(drawn: Sequence[str], name: str, text: str) -> str:
     return f"![{text}](plots/{name})" if name in drawn else ""
 
 
-def _setting(recipe: Recipe, result: dict) -> str:
+def setting(recipe: Recipe, result: dict, seeds: Sequence[int] | None = None) -> str:
+    """Return the table of what was done and where; seeds: of all the runs that it stands for."""
     prune, data = recipe.prune, result["data"]
     goal = f"alpha {_plain(prune.alpha)}"
     if prune.sparsity is not None:
@@ -128,7 +132,7 @@ def _setting(recipe: Recipe, result: dict) -> str:
         ("pruning set", f"{prune.samples} training samples"),
         ("rewind", prune.rewind),
         ("retraining", _training(recipe.retrain)),
-        ("seed", str(recipe.seed)),
+        ("seed" if seeds is None else "seeds", ", ".join(map(str, seeds or [recipe.seed]))),
         *result["machine"].items(),
     ]
     return table(["what", "setting"], rows)
