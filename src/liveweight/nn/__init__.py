@@ -1,4 +1,4 @@
-"""Drop-in modules for nn.Linear and nn.Conv2d: weights computed sparse, or packed for a CPU."""
+"""Drop-in modules for nn.Linear and nn.Conv2d, computed sparse or packed; TokenMerge for ViTs."""
 
 from liveweight.nn.by_batch import ByBatch
 from liveweight.nn.packed_conv2d import PackedConv2d
@@ -7,6 +7,7 @@ from liveweight.nn.residual import Residual
 from liveweight.nn.shortcut_mask import ShortcutMask
 from liveweight.nn.sparse_conv2d import SparseConv2d
 from liveweight.nn.sparse_linear import SparseLinear
+from liveweight.nn.token_merge import TokenMerge
 
 __all__ = [
     "ByBatch",
@@ -16,4 +17,5 @@ __all__ = [
     "ShortcutMask",
     "SparseConv2d",
     "SparseLinear",
+    "TokenMerge",
 ]

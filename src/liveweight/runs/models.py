@@ -13,6 +13,7 @@ from liveweight.runs import resnet, vgg
 from liveweight.runs.initialize import initialize_
 from liveweight.runs.lenet import LeNet5, LeNet300
 from liveweight.runs.speech import SpeechCNN
+from liveweight.runs.vit import ViT
 
 __all__ = ["MODELS", "LeNet5", "LeNet300", "build_model", "find_factory", "initialize_"]
 
@@ -25,6 +26,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet20": resnet.resnet20,
     "resnet56": resnet.resnet56,
     "speech-cnn": SpeechCNN,
+    "vit4": ViT,
 }
 
 
