@@ -42,7 +42,10 @@ def rows(folder):
 def test_cells_are_two_dense_nets_and_every_relief_at_every_sparsity():
     found = cells(dataclasses.replace(OPTIONS, seeds=[3, 4]))
     assert len(found) == 2 * (2 + 2 * 4)
-    assert [c["relief"] for c in found if c["sparsity"] == 0 and c["seed"] == 3] == ["none", "merge"]
+    assert [c["relief"] for c in found if c["sparsity"] == 0 and c["seed"] == 3] == [
+        "none",
+        "merge",
+    ]
     assert {c["relief"] for c in found if c["sparsity"] == 0.9} == {
         "none",
         "merge",

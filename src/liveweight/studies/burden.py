@@ -38,7 +38,7 @@ class BurdenOptions(StudyOptions):
     merge_block: int = option(0, "the block after whose attention they are merged, from 0")
     epochs: int = option(10, "passes over the training set, dense and pruned alike")
     batch_size: int = option(100, "samples per step")
-    lr: float = option(1e-3, "highest learning rate: a linear warm-up of 10 %, then a cosine to 0")
+    lr: float = option(2e-3, "highest learning rate: a linear warm-up of 10 %, then a cosine to 0")
     weight_decay: float = option(0.05, "of AdamW")
     begin: float = option(0.1, "share of the training after which pruning begins")
     end: float = option(0.6, "share of the training after which the sparsity is reached")
