@@ -10,14 +10,8 @@ import jsonargparse
 import yaml
 
 from liveweight._check import near_misses
-from liveweight.runs.recipe import (
-    Recipe,
-    RecipeError,
-    check_keys,
-    find_recipe,
-    from_dict,
-    section_type,
-)
+from liveweight.runs.options import RecipeError, check_keys, section_type
+from liveweight.runs.recipe import Recipe, find_recipe, from_dict
 
 _EPILOG = """examples:
   liveweight prune lenet5-digits                         the demo, offline, a few minutes
@@ -123,7 +117,7 @@ def parse_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
         reason = " ".join(str(error).split())
         raise RecipeError(f"{path}: not a YAML file ({reason})") from None
     try:
-        check_keys(values)
+        check_keys(values, Recipe)
         parsed = make_parser().parse_args(["--config", str(path), *overrides])
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from liveweight._check import check_fraction, near_misses
+from liveweight.runs.options import RecipeError, build, option
 from liveweight.runs.target_goal import Goal, parse_goal
 
 BUILT_IN = pathlib.Path(__file__).with_name("recipes")
@@ -22,17 +23,6 @@ AUGMENTS = ("crop", "flip")
 PRECISIONS = ("fp32", "bf16", "auto")
 REWINDS = ("init", "none")
 KEEPS = ("smallest", "best", "last")
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be read or run; the message names the key."""
-
-
-def option(default: Any, help_text: str) -> Any:
-    """Return a dataclass field with a default and the help that the command line shows."""
-    if isinstance(default, (list, dict)):
-        return field(default_factory=default.copy, metadata={"help": help_text})
-    return field(default=default, metadata={"help": help_text})
 
 
 @dataclass(frozen=True)
@@ -185,38 +175,6 @@ def find_recipe(name: str) -> pathlib.Path:
     if path.is_dir() and (path / "recipe.yaml").is_file():
         return path / "recipe.yaml"
     raise RecipeError(f"recipe {name!r} is neither a file nor built in: {near_misses(name, known)}")
-
-
-def check_keys(values: Any, cls: type = Recipe, prefix: str = "") -> None:
-    """Raise RecipeError for a key the recipe does not have; the message names the closest one."""
-    if not isinstance(values, dict):
-        where = prefix.rstrip(".") or "the recipe"
-        raise RecipeError(f"{where}: expected keys and values, got {values!r}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key, value in values.items():
-        if key not in fields:
-            close = near_misses(str(key), fields)
-            raise RecipeError(f"unknown recipe key {prefix + str(key)!r}: {close}")
-        if dataclasses.is_dataclass(nested := section_type(fields[key])):
-            check_keys(value, nested, f"{prefix}{key}.")
-
-
-def section_type(entry: dataclasses.Field) -> Any:
-    """Return the dataclass of a nested section, or None for a plain value."""
-    return entry.default_factory if dataclasses.is_dataclass(entry.default_factory) else None
-
-
-def build(values: dict[str, Any], cls: type) -> Any:
-    """Build a dataclass of options from nested keys; RecipeError for keys that it does not have."""
-    check_keys(values, cls)
-    sections = {}
-    for entry in dataclasses.fields(cls):
-        if entry.name not in values:
-            continue
-        nested = section_type(entry)
-        value = values[entry.name]
-        sections[entry.name] = nested(**value) if nested else value
-    return cls(**sections)
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:
