@@ -87,6 +87,7 @@ def test_a_residual_run_from_training_to_the_checkpoint(tiny, execute, tmp_path,
         prune={"alpha": 0.6, "rewind": "none", "keep": "last"},
     )
     folder: RunFolder = execute(recipe, tmp_path / "run")
+    assert any("autocast to bfloat16" in note for note in folder.result()["notes"])
     tensors, facts = folder.load_tensors("iterates/02")
     shortcuts = [value for key, value in tensors.items() if key.endswith("shortcut.1.mask")]
     assert len(shortcuts) > 0 and any(not mask.all() for mask in shortcuts)

@@ -65,7 +65,7 @@ def finish(run: PruningRun) -> None:
     dense.eval()
     folder.save_tensors("dense", dense.state_dict(), {"model": recipe.to_dict()["model"]})
     model, _ = run.load(chosen)
-    notes = settle_(run, model)
+    notes = settle_(run, model) + precision_notes(run)
     if recipe.prune.goal is not None and chosen:
         notes.append(f"Target: {rows[chosen]['pruned']['target']['summary']}.")
     pruned_validation, _ = evaluate(model, run.data.validation)
@@ -100,6 +100,16 @@ def finish(run: PruningRun) -> None:
     result["test"] = test_accuracies(run, dense, fast, rows)
     folder.log(event="finish", chosen=chosen, test_accuracy=result["test"])
     write_report(folder, run.asked, result, say)
+
+
+def precision_notes(run: PruningRun) -> list[str]:
+    """Return a note where training computed in another type than the final models do."""
+    types = {run.autocast(i) for i in range(run.recipe.prune.iterations + 1)} - {None}
+    return [
+        f"Trained and validated with autocast to {str(kind).removeprefix('torch.')}, weights in "
+        "float32; the dense and the compressed model are tested and timed in float32."
+        for kind in types
+    ]
 
 
 def settle_(run: PruningRun, model: nn.Module) -> list[str]:

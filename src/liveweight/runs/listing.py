@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
+
 from liveweight import _library, prune
 from liveweight.runs.models import MODELS, build_model
 from liveweight.runs.recipe import built_in_recipes
@@ -74,7 +76,8 @@ def formats() -> str:
 def models() -> str:
     rows = []
     for name, factory in MODELS.items():
-        size = sum(p.numel() for p in build_model(name).parameters())
+        with torch.device("meta"):  # shapes without values
+            size = sum(p.numel() for p in build_model(name).parameters())
         rows.append((name, f"{size:,}", (factory.__doc__ or "").partition("\n")[0]))
     rows.append(("package.module:factory", "", "any callable that returns an nn.Module"))
     return columns(("model", "weights", "what it is"), rows)
