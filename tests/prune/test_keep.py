@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from liveweight.prune import keep_masks, masks, prune_
+from liveweight.prune.keep import _Zeros
 
 
 def batches(count=6):
@@ -162,3 +163,25 @@ def test_a_foreign_optimizer(model):
         keep_masks(model, other)
     with pytest.raises(TypeError, match="needs a module and an optimizer"):
         keep_masks(other, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_zeros_are_set_whatever_the_entry_was(dtype):
+    mask = torch.rand(3, 5, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.5
+    like = torch.ones(mask.shape).to(dtype)
+    zeros = _Zeros(mask, like)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        values = torch.randn(mask.shape)
+        values[0], values[1] = float("nan"), -float("inf")
+        values = values.to(dtype).contiguous(memory_format=layout)
+        expected = torch.where(mask, values.float(), torch.zeros(()))
+        zeros.clear_(values)
+        torch.testing.assert_close(values.float(), expected, rtol=0, atol=0, equal_nan=True)
+        assert not torch.signbit(values.float()[~mask]).any(), "plain zeros, not negative ones"
+
+
+def test_zeros_of_state_in_another_dtype():
+    mask = torch.tensor([True, False])
+    state = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    _Zeros(mask, torch.ones(2)).clear_(state)
+    assert state.tolist() == [2.0, 0.0]

@@ -9,6 +9,36 @@ from torch import Tensor, nn
 
 from liveweight.prune.mask import module_masks
 
+# Whole numbers as wide as a float: clearing its bits is setting it to zero.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class _Zeros:
+    """Where one parameter is zero, and the fast way to make a tensor of its shape zero there.
+
+    masked_fill_ takes a branch per entry on CPUs: 5 ms for 400,000 of them, where a bitwise "and"
+    takes 0.3 ms. Both set NaN and infinity to zero too, which a product with the mask does not.
+    """
+
+    def __init__(self, mask: Tensor, like: Tensor) -> None:
+        self.mask, self.version = mask, mask._version
+        self._dropped = ~mask.bool()
+        self._bits: Tensor | None = None
+        if like.device.type == "cpu" and like.element_size() in _BITS:
+            self._bits = torch.empty_like(like, dtype=_BITS[like.element_size()])
+            self._bits.copy_(mask.bool()).neg_()  # kept: all bits set
+
+    def stands_for(self, mask: Tensor) -> bool:
+        return self.mask is mask and self.version == mask._version
+
+    def clear_(self, tensor: Tensor) -> None:
+        bits = self._bits
+        fits = bits is not None and tensor.device == bits.device and tensor.layout == torch.strided
+        if fits and tensor.element_size() == bits.element_size():
+            tensor.detach().view(bits.dtype).bitwise_and_(bits)
+        else:
+            tensor.masked_fill_(self._dropped, 0)
+
 
 class MaskKeeper:
     """Handle of `keep_masks`: `remove()` takes its hooks off the optimizer."""
@@ -17,8 +47,8 @@ class MaskKeeper:
         self._model = model
         self._owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         # Both hold the tensors themselves: an id alone may come again after the tensor is gone.
-        self._dropped: dict[int, tuple[Tensor, int, Tensor]] = {}  # mask, its version, ~mask
-        self._cleared: dict[int, list[Tensor]] = {}  # ~mask and the state it was applied to
+        self._zeros: dict[int, _Zeros] = {}
+        self._cleared: dict[int, list[object]] = {}  # zeros and the state they were set in
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -29,44 +59,43 @@ class MaskKeeper:
         for handle in self._handles:
             handle.remove()
 
-    def _masked(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Yield (parameter, dropped entries); masks may change between steps."""
+    def _masked(self) -> Iterator[tuple[nn.Parameter, _Zeros]]:
+        """Yield (parameter, its zeros); masks may change between steps."""
         for module in self._model.modules():
             for _, parameter, mask in module_masks(module):
                 if id(parameter) not in self._owned:
                     continue
-                cached = self._dropped.get(id(parameter))
-                if cached is None or cached[0] is not mask or cached[1] != mask._version:
-                    cached = (mask, mask._version, ~mask.bool())
-                    self._dropped[id(parameter)] = cached
-                yield parameter, cached[2]
+                zeros = self._zeros.get(id(parameter))
+                if zeros is None or not zeros.stands_for(mask):
+                    zeros = self._zeros[id(parameter)] = _Zeros(mask, parameter)
+                yield parameter, zeros
 
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        for parameter, dropped in self._masked():
+        for parameter, zeros in self._masked():
             if parameter.grad is not None:
-                parameter.grad.masked_fill_(dropped, 0)
+                zeros.clear_(parameter.grad)
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         # A closure computes its gradients inside the step, after _before: state is not clean then.
         closure = any(a is not None for a in (*args[1:], *kwargs.values()))
-        for parameter, dropped in self._masked():
-            parameter.masked_fill_(dropped, 0)
+        for parameter, zeros in self._masked():
+            zeros.clear_(parameter)
             state = [
                 value
                 for value in optimizer.state.get(parameter, {}).values()
                 if isinstance(value, Tensor) and value.shape == parameter.shape
             ]
             # Once zero, momentum stays exactly zero under zero gradients and zero weights.
-            seen = [dropped, *state]
+            seen = [zeros, *state]
             if closure or not _same(self._cleared.get(id(parameter)), seen):
                 for value in state:
-                    value.masked_fill_(dropped, 0)
+                    zeros.clear_(value)
                 self._cleared[id(parameter)] = seen
 
 
-def _same(before: list[Tensor] | None, now: list[Tensor]) -> bool:
+def _same(before: list[object] | None, now: list[object]) -> bool:
     if before is None or len(before) != len(now):
         return False
     return all(a is b for a, b in zip(before, now, strict=True))
