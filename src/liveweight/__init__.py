@@ -25,7 +25,7 @@ from liveweight.prune import (
     score,
     strip_,
 )
-from liveweight.runs.target import prune_to_
+from liveweight.runs.target.prune_to import prune_to_
 
 __all__ = [
     "Info",

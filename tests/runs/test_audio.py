@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from liveweight.runs.audio import read_recordings, read_wave
 from liveweight.runs.data import load_data
 from liveweight.runs.recipe import DataRecipe
+from liveweight.runs.sound.audio import read_recordings, read_wave
 
 RATE = 8000
 

@@ -13,8 +13,8 @@ from liveweight.prune import ShortcutMask
 from liveweight.runs.checkpoints import recompress
 from liveweight.runs.folder import RunFolder
 from liveweight.runs.models import build_model
-from liveweight.runs.resnet import PadShortcut, ResNet
-from liveweight.runs.vgg import VGG
+from liveweight.runs.nets.resnet import PadShortcut, ResNet
+from liveweight.runs.nets.vgg import VGG
 
 SMALL_VGG = (8, 8, "M", 8, "M", 8, "M", 8, "M", 8, "M")
 
@@ -80,7 +80,7 @@ def test_a_residual_run_from_training_to_the_checkpoint(tiny, execute, tmp_path,
     data |= {"mean": [0.5] * 3, "std": [0.25] * 3}
     moved = {"augment": ["crop", "flip"], "precision": "bf16"}
     recipe = tiny(
-        model={"name": "liveweight.runs.resnet:ResNet", "arguments": {"blocks": 1}},
+        model={"name": "liveweight.runs.nets.resnet:ResNet", "arguments": {"blocks": 1}},
         data=data,
         train=moved,
         retrain=moved,

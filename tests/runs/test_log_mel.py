@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from liveweight.runs.log_mel import LogMel, fft_size, mel, mel_filters, power_spectrum
-from liveweight.runs.noise import babble, mix, white
+from liveweight.runs.sound.log_mel import LogMel, fft_size, mel, mel_filters, power_spectrum
+from liveweight.runs.sound.noise import babble, mix, white
 
 RATE = 8000
 

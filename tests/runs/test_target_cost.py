@@ -11,8 +11,8 @@ from torch import nn
 
 import liveweight as lw
 from liveweight.runs import target_cost
-from liveweight.runs.target_goal import parse_goal
-from liveweight.runs.target_guess import expected_sparsity
+from liveweight.runs.target.goal import parse_goal
+from liveweight.runs.target.guess import expected_sparsity
 
 
 def make() -> nn.Sequential:

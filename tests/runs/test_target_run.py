@@ -8,7 +8,7 @@ from liveweight.runs import finish, target
 from liveweight.runs.finish import choose_iterate
 from liveweight.runs.parse import parse_recipe
 from liveweight.runs.recipe import PruneRecipe, RecipeError
-from liveweight.runs.target_cost import Given
+from liveweight.runs.target.cost import Given
 
 BY_SIZE = {"alpha": None, "importance": "magnitude"}
 

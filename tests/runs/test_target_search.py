@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from liveweight.runs.target_search import Search, falling
+from liveweight.runs.target.search import Search, falling
 
 
 def find(cost, target, dense=None, **options):

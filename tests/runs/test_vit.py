@@ -7,7 +7,7 @@ import torch
 
 import liveweight as lw
 from liveweight.runs.models import build_model
-from liveweight.runs.vit import patches
+from liveweight.runs.nets.vit import patches
 
 
 def closed_form(channels, size, patch, width, depth, hidden, classes):

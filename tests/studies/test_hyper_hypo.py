@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from liveweight.runs.audio import read_recordings
 from liveweight.runs.recipe import RecipeError, build
+from liveweight.runs.sound.audio import read_recordings
 from liveweight.studies import STUDIES, hyper_hypo
 from liveweight.studies.grid import run_study
 from liveweight.studies.hyper_hypo import HyperHypoOptions, SpeechData, disturb, make_fold

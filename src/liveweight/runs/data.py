@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from liveweight.runs.audio import wav_source
 from liveweight.runs.idx import read_mnist_folder
 from liveweight.runs.images import Arrays, ImageFolders
 from liveweight.runs.recipe import DataRecipe
+from liveweight.runs.sound.audio import wav_source
 
 DIGITS = pathlib.Path(__file__).with_name("digits.npz")
 SPLITS = ("train", "validation", "test")

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from liveweight._check import near_misses
-from liveweight.runs import resnet, vgg
-from liveweight.runs.initialize import initialize_
-from liveweight.runs.lenet import LeNet5, LeNet300
-from liveweight.runs.speech import SpeechCNN
-from liveweight.runs.vit import ViT
+from liveweight.runs.nets import resnet, vgg
+from liveweight.runs.nets.initialize import initialize_
+from liveweight.runs.nets.lenet import LeNet5, LeNet300
+from liveweight.runs.nets.speech import SpeechCNN
+from liveweight.runs.nets.vit import ViT
 
 __all__ = ["MODELS", "LeNet5", "LeNet300", "build_model", "find_factory", "initialize_"]
 

@@ -27,7 +27,7 @@ from liveweight.runs.phase import Phase
 from liveweight.runs.pipeline import autocast_type
 from liveweight.runs.progress import Reporter
 from liveweight.runs.recipe import PruneRecipe, Recipe, RecipeError, TrainRecipe, check_device
-from liveweight.runs.target import prune_to_
+from liveweight.runs.target.prune_to import prune_to_
 from liveweight.runs.train import batches
 
 SCORING_BATCH = 250

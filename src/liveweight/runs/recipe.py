@@ -13,7 +13,7 @@ import yaml
 
 from liveweight._check import check_fraction, near_misses
 from liveweight.runs.options import RecipeError, build, option
-from liveweight.runs.target_goal import Goal, parse_goal
+from liveweight.runs.target.goal import Goal, parse_goal
 
 BUILT_IN = pathlib.Path(__file__).with_name("recipes")
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from liveweight.prune import adapt_, find_hyper_hypo, remove_units_
 from liveweight.prune.hyper_hypo import HyperHypo
-from liveweight.runs.audio import TEST_TAKES, Recordings, read_recordings
 from liveweight.runs.data import Split
-from liveweight.runs.log_mel import LogMel
 from liveweight.runs.models import build_model
-from liveweight.runs.noise import babble, mix, white
 from liveweight.runs.recipe import RecipeError, TrainRecipe, option
+from liveweight.runs.sound.audio import TEST_TAKES, Recordings, read_recordings
+from liveweight.runs.sound.log_mel import LogMel
+from liveweight.runs.sound.noise import babble, mix, white
 from liveweight.runs.train import (
     EVALUATION_BATCH,
     batches,

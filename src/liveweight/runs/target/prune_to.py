@@ -14,7 +14,7 @@ from liveweight.prune.batches import Batches
 from liveweight.prune.cut import cut_layers
 from liveweight.prune.importances import Importance, resolve_importance
 from liveweight.prune.selectors import Selector
-from liveweight.runs.target_cost import (
+from liveweight.runs.target.cost import (
     COUNTS,
     Cost,
     Flops,
@@ -23,11 +23,11 @@ from liveweight.runs.target_cost import (
     Parameters,
     copied,
 )
-from liveweight.runs.target_goal import Goal, parse_goal
-from liveweight.runs.target_guess import expected_sparsity
-from liveweight.runs.target_report import TargetReport, Trial
-from liveweight.runs.target_scores import Recorder, Replay, can_repeat
-from liveweight.runs.target_search import Search
+from liveweight.runs.target.goal import Goal, parse_goal
+from liveweight.runs.target.guess import expected_sparsity
+from liveweight.runs.target.report import TargetReport, Trial
+from liveweight.runs.target.scores import Recorder, Replay, can_repeat
+from liveweight.runs.target.search import Search
 
 Selectors = Selector | Iterable[Selector] | None
 

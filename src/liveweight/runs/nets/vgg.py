@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from liveweight.runs.initialize import initialize_
+from liveweight.runs.nets.initialize import initialize_
 
 # Output channels of each convolution, "M" where a pool halves the map.
 VGG13 = (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from liveweight.runs.log_mel import LogMel
+from liveweight.runs.sound.log_mel import LogMel
 
 TEST_TAKES = 5  # takes 0 to 4 are the test set of the Free Spoken Digit Dataset by its own rule
 _NAME = re.compile(r"(\d+)_(.+)_(\d+)\.wav", re.IGNORECASE)

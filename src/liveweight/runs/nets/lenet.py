@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from liveweight.runs.initialize import initialize_
+from liveweight.runs.nets.initialize import initialize_
 
 
 class LeNet300(nn.Module):

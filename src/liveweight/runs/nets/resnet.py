@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from liveweight.runs.initialize import initialize_
+from liveweight.runs.nets.initialize import initialize_
 
 WIDTHS = (16, 32, 64)
 

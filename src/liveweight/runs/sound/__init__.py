@@ -1,0 +1,1 @@
+"""Recordings, their features and noise."""
