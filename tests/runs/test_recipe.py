@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from liveweight.runs.parse import UsageError, make_parser, parse_recipe, run_path
+from liveweight.runs.parse import UsageError, gather_lists, make_parser, parse_recipe, run_path
 from liveweight.runs.recipe import (
     Recipe,
     RecipeError,
@@ -133,6 +133,8 @@ def test_files_that_are_no_recipe(tmp_path, text, message):
         ({"prune": {"sparsity": 2.0}}, r"prune\.sparsity must be in \[0, 1\], got 2.0"),
         ({"prune": {}}, "either alpha or sparsity"),
         ({"prune": {"alpha": 0.9, "sparsity": 0.9}}, "either alpha or sparsity"),
+        ({"prune": {"alpha": 0.9, "rewind": 61}}, "rewind must be .* epoch of train from 1 to 60"),
+        ({"prune": {"alpha": 0.9, "rewind": 0}}, "rewind must be .* from 1 to 60, got 0"),
         ({"prune": {"alpha": 0.9, "rewind": "ini"}}, "rewind must be one of init, none.*'init'"),
         ({"prune": {"alpha": 0.9, "keep": "small"}}, "keep must be one of.*'smallest'"),
         ({"prune": {"alpha": 0.9, "samples": 0}}, r"prune\.samples must be 1 or more, got 0"),
@@ -186,3 +188,24 @@ def test_run_path_follows_out_the_resumed_folder_or_the_name(tmp_path):
     assert run_path("lenet5-digits", Recipe()).name == "lenet5-digits"
     write(tmp_path / "recipe.yaml", "seed: 1\n")
     assert run_path(str(tmp_path), Recipe()) == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--train.milestones", "3", "5", "--seed", "1"], ["--train.milestones", "[3,5]"]),
+        (["--train.milestones", "[3,5]"], ["--train.milestones", "[3,5]"]),
+        (["--data.mean", "-0.5", "1e-3"], ["--data.mean", "[-0.5,1e-3]"]),
+        (["--prune.ignore", "a.*"], ["--prune.ignore", "[a.*]"]),
+        (["--train.milestones=[3]", "--seed", "2"], ["--train.milestones=[3]"]),
+        (["--train.milestones", "--seed", "2"], ["--train.milestones", "--seed", "2"]),
+    ],
+)
+def test_lists_as_words(words, expected):
+    assert gather_lists(words)[: len(expected)] == expected
+
+
+def test_list_options_of_the_command_line():
+    recipe = parse_recipe("lenet5-digits", ["--train.milestones", "3", "5", "--prune.ignore", "a"])
+    assert recipe.train.milestones == [3, 5] and recipe.prune.ignore == ["a"]
+    assert parse_recipe("lenet5-digits", ["--train.milestones", "7"]).train.milestones == [7]

@@ -102,6 +102,28 @@ def check_options(
             raise UsageError(f"unknown option --{key}: {close}")
 
 
+def gather_lists(overrides: list[str], options: type = Recipe) -> list[str]:
+    """Return the words with `--seeds 0 1 2` as `--seeds [0,1,2]` where the option is a list."""
+    lists = {
+        f"--{prefix}.{name}" if prefix else f"--{name}"
+        for prefix, cls in _sections(options)
+        for name, hint in typing.get_type_hints(cls).items()
+        if typing.get_origin(hint) is list
+    }
+    found: list[str] = []
+    values: list[str] | None = None  # of the list option that is being read
+    for word in [*overrides, "--"]:
+        if not word.startswith("--") and values is not None:
+            values.append(word)
+            continue
+        if values:
+            plain = len(values) == 1 and values[0].startswith("[")
+            found.append(values[0] if plain else f"[{','.join(values)}]")
+        values = [] if word in lists else None
+        found.append(word)
+    return found[:-1]
+
+
 def parse_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe by built-in name or path and apply overrides such as --train.epochs 3.
 
@@ -118,7 +140,8 @@ def parse_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
         raise RecipeError(f"{path}: not a YAML file ({reason})") from None
     try:
         check_keys(values, Recipe)
-        parsed = make_parser().parse_args(["--config", str(path), *overrides])
+        words = ["--config", str(path), *gather_lists(overrides)]
+        parsed = make_parser().parse_args(words)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
     except jsonargparse.ArgumentError as error:

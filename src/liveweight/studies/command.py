@@ -8,7 +8,13 @@ import jsonargparse
 
 from liveweight._check import near_misses
 from liveweight.runs.listing import columns
-from liveweight.runs.parse import Formatter, UsageError, add_options, check_options
+from liveweight.runs.parse import (
+    Formatter,
+    UsageError,
+    add_options,
+    check_options,
+    gather_lists,
+)
 from liveweight.runs.progress import Reporter
 from liveweight.runs.recipe import build
 from liveweight.studies import STUDIES
@@ -37,7 +43,8 @@ def study(words: list[str]) -> None:
     chosen, overrides = STUDIES[words[0]], words[1:]
     check_options(overrides, chosen.options, _MORE)
     try:
-        parsed = _parser(chosen).parse_args(overrides).as_dict()
+        words = gather_lists(overrides, chosen.options)
+        parsed = _parser(chosen).parse_args(words).as_dict()
     except jsonargparse.ArgumentError as error:
         raise UsageError(" ".join(str(error).split())) from None
     parsed.pop("config", None)

@@ -66,6 +66,6 @@ def _changed(study: Study, plain: dict) -> str:
         value: Any = plain
         for part in key.split("."):
             value = value[part]
-        text = str(_name(value)).replace(" ", "")
+        text = " ".join(map(str, value)) if isinstance(value, list) else str(_name(value))
         words.append(f" --{key} {text}")
     return "".join(words)
