@@ -31,6 +31,12 @@ def test_epochs_and_milestones_shrink_together():
     assert (shorter.epochs, shorter.milestones) == (1, [])
 
 
+def test_the_epoch_of_a_rewind_moves_along(tiny):
+    recipe = tiny(train={"epochs": 20}, prune={"rewind": 4})
+    assert fitted(recipe, {"factor": 0.5}).prune.rewind == 2
+    assert fitted(tiny(), {"factor": 0.5}).prune.rewind == "init"
+
+
 @pytest.fixture
 def slow(monkeypatch):
     """An epoch takes 100 seconds, says the trial, and only once."""

@@ -143,6 +143,25 @@ def test_rewind_starts_retraining_from_the_first_weights(tiny, tmp_path):
     assert torch.equal(model.state_dict()[key], first[key] * mask)
 
 
+def test_rewind_to_an_early_epoch(tiny, tmp_path):
+    recipe = tiny(prune={"rewind": 1}, train={"epochs": 2})
+    kept = []
+
+    def stop(iteration: int, epoch: int) -> None:
+        if not kept:
+            kept.append(run.folder.load_tensors("rewind")[0])
+
+    run = PruningRun(recipe, tmp_path / "run", Reporter(quiet=True), stop)
+    run.run_phase(0)
+    late = run.folder.load_tensors("iterates/00")[0]
+    assert any(not late[name].equal(value) for name, value in kept[0].items()), "trained on"
+    model, _ = run.load(0)
+    run.prune(model, 1)
+    for name, mask in prune.masks(model).items():
+        expected = torch.where(mask, kept[0][name], torch.zeros(()))
+        torch.testing.assert_close(model.get_parameter(name), expected, rtol=0, atol=0)
+
+
 def test_without_rewind_weights_continue(tiny, tmp_path):
     run = PruningRun(tiny(prune={"rewind": "none"}), tmp_path / "run", Reporter(quiet=True))
     run.run_phase(0)

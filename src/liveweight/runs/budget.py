@@ -45,7 +45,10 @@ def fitted(recipe: Recipe, facts: dict | None) -> Recipe:
     if not facts or facts["factor"] == 1:
         return recipe
     train, retrain = (scaled(r, facts["factor"]) for r in (recipe.train, recipe.retrain))
-    return dataclasses.replace(recipe, train=train, retrain=retrain)
+    cut = recipe.prune
+    if not isinstance(cut.rewind, str):
+        cut = dataclasses.replace(cut, rewind=max(1, round(cut.rewind * facts["factor"])))
+    return dataclasses.replace(recipe, train=train, retrain=retrain, prune=cut)
 
 
 def fit_budget(run: PruningRun) -> dict | None:

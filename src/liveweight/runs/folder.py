@@ -2,7 +2,7 @@
 
 recipe.yaml               the resolved recipe
 metrics.jsonl             one line per epoch and event
-init.safetensors          first weights, for the rewind
+init.safetensors          first weights, for the rewind; rewind.safetensors: those of an epoch
 iterates/NN.safetensors   best epoch of phase NN (00: dense) with its masks and facts
 state.pt                  the phase that is running, after its last whole epoch
 checkpoint.safetensors    the compressed model; dense.safetensors: the dense one

@@ -123,6 +123,8 @@ class Phase:
             validation_accuracy=accuracy,
             seconds=round(seconds, 3),
         )
+        if self.iteration == 0 and self.epoch == run.recipe.prune.rewind:
+            run.folder.save_tensors("rewind", self.model.state_dict(), {})
         self._save()
         run.reporter.epoch_done(
             f"{self.epoch}/{self.recipe.epochs}",

@@ -182,8 +182,9 @@ class PruningRun:
         cut = self._prune_by_rule if recipe.goal is None else self._prune_to_target
         common = {"importance": make_importance(recipe), "ignore": recipe.ignore}
         found = cut(model, iteration, common | structure_arguments(recipe))
-        if recipe.rewind == "init":
-            prune.rewind_(model, self.folder.load_tensors("init")[0])
+        if recipe.rewind != "none":
+            start = "init" if recipe.rewind == "init" else "rewind"
+            prune.rewind_(model, self.folder.load_tensors(start)[0])
         return found
 
     def _prune_by_rule(self, model: nn.Module, iteration: int, options: dict) -> dict:

@@ -97,7 +97,9 @@ class PruneRecipe:
     ignore: list[str] = option([], "layers left alone: names, globs or re:patterns")
     iterations: int = option(5, "times to prune and retrain; 0 only trains")
     samples: int = option(1000, "training samples that are scored, the same in every iteration")
-    rewind: str = option("init", "weights before retraining: init (first values) or none")
+    rewind: str | int = option(
+        "init", "weights before retraining: init, none, or those after so many dense epochs"
+    )
     keep: str = option("smallest", "smallest within tolerance, best on validation, or last")
     tolerance: float = option(1.0, "points of validation accuracy that smallest may lose")
 
@@ -203,6 +205,9 @@ def check_values(recipe: Recipe) -> None:
     for name in ("train", "retrain"):
         _check_training(name, getattr(recipe, name))
     _check_pruning(recipe.prune)
+    rewind, epochs = recipe.prune.rewind, recipe.train.epochs
+    fits = isinstance(rewind, str) or 1 <= rewind <= epochs
+    _demand(fits, "prune.rewind", rewind, f"init, none or an epoch of train from 1 to {epochs}")
     for key in ("compress", "report"):
         sizes = getattr(recipe, key).batch_sizes
         _demand(bool(sizes) and min(sizes) >= 1, f"{key}.batch_sizes", sizes, "numbers from 1 on")
@@ -271,7 +276,8 @@ def _check_pruning(prune: PruneRecipe) -> None:
     _demand(prune.iterations >= 0, "prune.iterations", prune.iterations, "0 or more")
     _demand(prune.samples >= 1, "prune.samples", prune.samples, "1 or more")
     _demand(prune.tolerance >= 0, "prune.tolerance", prune.tolerance, "0 or more")
-    _one_of("prune.rewind", prune.rewind, REWINDS)
+    if isinstance(prune.rewind, str):
+        _one_of("prune.rewind", prune.rewind, REWINDS)
     _one_of("prune.keep", prune.keep, KEEPS)
     _one_of("prune.scope", prune.scope, ("layer", "global"))
 

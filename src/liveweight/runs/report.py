@@ -130,7 +130,7 @@ def setting(recipe: Recipe, result: dict, seeds: Sequence[int] | None = None) ->
         ("training", _training(recipe.train)),
         ("pruning", f"{_criterion(prune)}, {goal}, {prune.iterations} times"),
         ("pruning set", f"{prune.samples} training samples"),
-        ("rewind", prune.rewind),
+        ("rewind", prune.rewind if isinstance(prune.rewind, str) else f"epoch {prune.rewind}"),
         ("retraining", _training(recipe.retrain)),
         ("seed" if seeds is None else "seeds", ", ".join(map(str, seeds or [recipe.seed]))),
         *result["machine"].items(),
