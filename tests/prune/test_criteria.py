@@ -190,7 +190,7 @@ def test_obd_sd_in_both_readings():
     g = per_sample(net, data, "3")
     change = -g * w + 0.5 * g.square() * w.square()
     spread = change.std(0, correction=0)
-    got = score(net, data, importance=ObdSd(beta=2.0))["3"]
+    got = score(net, data, importance=ObdSd("standard-deviation", beta=2.0))["3"]
     want = (change.mean(0) + 2 * spread).clamp_min(0)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-12)
     got = score(net, data, importance=ObdSd("signed-derivative"))["3"]
