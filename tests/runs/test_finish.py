@@ -97,6 +97,14 @@ def test_tables_escape_bars_and_align_figures():
     ]
 
 
+def test_sentences_that_begin_with_a_figure_are_no_figures():
+    text = report.table(["a", "b"], [("+1.5 ± 0.2", "3 points more"), ("-", "12 less")])
+    assert text.splitlines()[1:3] == [
+        "|-----------:|---------------|",
+        "| +1.5 ± 0.2 | 3 points more |",
+    ]
+
+
 def test_differing_keys_are_named_with_both_values():
     old, new = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}, "e": 4}
     assert differing_keys(old, new) == ["a.c: 2 -> 5", "d: 3 -> None", "e: None -> 4"]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 
 from liveweight.runs import plots
 from liveweight.runs.budget import describe, fitted
 from liveweight.runs.folder import RunFolder
 from liveweight.runs.recipe import Recipe
+
+_WORD = re.compile("[A-Za-z]{4}")
 
 
 def write_report(
@@ -33,10 +36,7 @@ def write_report(
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return a Markdown table that also reads as plain text; columns of figures are set right."""
     body = [[str(value).replace("|", "\\|") for value in row] for row in rows]
-    right = [
-        bool(body) and all(row[i].lstrip("+-")[:1].isdigit() for row in body)
-        for i in range(len(headers))
-    ]
+    right = [bool(body) and _figures([row[i] for row in body]) for i in range(len(headers))]
     widths = [max(len(row[i]) for row in [list(headers), *body]) for i in range(len(headers))]
 
     def line(row: Sequence[str]) -> str:
@@ -45,6 +45,12 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
     rules = ["-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)]
     return "\n".join([line(headers), "|" + "|".join(rules) + "|", *map(line, body)])
+
+
+def _figures(cells: Sequence[str]) -> bool:
+    """Return whether a column holds figures: at most a unit behind each, "-" where one lacks."""
+    words = [cell.lstrip("+-") for cell in cells if cell != "-"]
+    return bool(words) and all(w[:1].isdigit() and not _WORD.search(w) for w in words)
 
 
 def percent(share: float | None) -> str:

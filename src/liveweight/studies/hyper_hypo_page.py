@@ -31,6 +31,7 @@ _LINES = (
     ("selective, random", "selective, random units", COLOURS[1], "^"),
     ("selective", "selective adaptation", COLOURS[0], "D"),
 )
+_BABBLE = "Babble is six voices of training speakers at once. "
 _ABOUT = """
 Mitra and Franco (arXiv 2001.01755) call units of an acoustic model *hyper* where they are mostly
 active and *hypo* where they are barely active, remove them, and adapt them first to speech that is
@@ -38,7 +39,7 @@ out of domain. Only the abstract is public; definitions, the net and all setting
 
 A net of three convolutions and two hidden fully connected layers learns spoken digits from all
 speakers but two ({epochs} epochs) and hears those two, clean and in noise; {folds} of speakers
-{are} held back in turn. Babble is six voices of training speakers at once. {units}
+{are} held back in turn. {babble}{units}
 Rates are taken over the recordings that the net learned from, after ReLU, in {layers}.
 
 * **Removal** sets the units to zero; nothing is trained afterwards. *Random*: as many units of
@@ -88,6 +89,7 @@ def _about(options: Any) -> str:
         epochs=options.epochs,
         folds="one pair" if len(options.folds) == 1 else f"{len(options.folds)} pairs",
         are="is" if len(options.folds) == 1 else "are",
+        babble=_BABBLE if "babble" in options.noises else "",
         units=units,
         layers="the hidden fully connected layers" if options.layers == "linear" else "all layers",
         margin=f"{options.margin:g}",
