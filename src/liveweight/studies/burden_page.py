@@ -39,7 +39,11 @@ _OURS = """\
 The paper (Wang, Dai, Zhou, Qi, Zhou, "Exploring the neural burden in pruned models", arXiv
 2407.16716) names burden, the two reliefs, the model and the data sets; its formulas and settings
 are not public. Burden, base criterion, schedule, where and how much is merged, and all training
-settings are our own; so is the reading of the claims."""
+settings are our own; so is the reading of the claims.
+
+Steps of AdamW do not shrink with the gradient, so that a dropped weight moves as fast as a kept one
+and redrawn masks go on changing (*returned*). That may be what dynamic masks suffer from; other
+optimizers were not tried."""
 
 
 def page(rows: list[Row], options: BurdenOptions, folder: StudyFolder) -> str:
