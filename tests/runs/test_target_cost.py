@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import liveweight as lw
-from liveweight.runs import target_cost
+from liveweight.runs.target import cost as target_cost
 from liveweight.runs.target.goal import parse_goal
 from liveweight.runs.target.guess import expected_sparsity
 

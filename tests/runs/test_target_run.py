@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from liveweight.runs import finish, target
+from liveweight.runs import finish
 from liveweight.runs.finish import choose_iterate
 from liveweight.runs.parse import parse_recipe
 from liveweight.runs.recipe import PruneRecipe, RecipeError
+from liveweight.runs.target import prune_to as target
 from liveweight.runs.target.cost import Given
 
 BY_SIZE = {"alpha": None, "importance": "magnitude"}
