@@ -183,5 +183,5 @@ def _draw(rows: list[Row], folder: StudyFolder) -> None:
         axes.set_xlabel("sparsity (%); bands: all seeds")
         axes.set_xticks([100 * s for s in pruned])
         clean(axes)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(facecolor="white", edgecolor="none", framealpha=0.9, fontsize=8)
     save(drawn, folder.path / "burden.png")
