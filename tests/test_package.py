@@ -26,7 +26,8 @@ def project() -> dict:
 def test_every_package_folder_is_listed():
     listed = set(project()["tool"]["setuptools"]["packages"])
     found = {"liveweight", "liveweight.kernels"}
-    found |= {f"liveweight.{p.parent.name}" for p in SRC.glob("*/__init__.py")}
+    folders = (p.parent.relative_to(SRC) for p in SRC.glob("*/**/__init__.py"))
+    found |= {".".join(("liveweight", *folder.parts)) for folder in folders}
     assert listed == found
 
 
