@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 from liveweight.runs import report
-from liveweight.runs.finish import choose_iterate
+from liveweight.runs.data import Split
+from liveweight.runs.finish import choose_iterate, settle_
 from liveweight.runs.folder import RunFolder, differing_keys, write_atomic
 from liveweight.runs.recipe import PruneRecipe, Recipe
+from liveweight.runs.train import evaluate
 
 
 def rows(*accuracies: float, kept=(100, 50, 20, 10)) -> list[dict]:
@@ -30,6 +35,27 @@ def test_choice_of_the_iterate(keep, accuracies, expected):
     index, reason = choose_iterate(recipe, rows(*accuracies))
     assert index == expected
     assert reason
+
+
+@pytest.mark.parametrize("drift", [0.0, 5.0])
+def test_batch_norm_is_recalibrated_only_where_validation_gains(drift):
+    """Training data that drifted from validation's gives statistics that serve it worse."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 2, (400,), generator=generator)
+    x = torch.randn(400, 1, 2, 2, generator=generator) * 0.1 + labels.view(-1, 1, 1, 1)
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    with torch.no_grad():
+        model[2].weight.copy_(torch.tensor([[-1.0], [1.0]]).expand(2, 4))
+        model[2].bias.zero_()
+        model[0].running_mean.fill_(0.5 if drift else 9.0)  # right for validation, or far off
+    stored = model[0].running_mean.clone()
+    data = SimpleNamespace(train=Split(x + drift, labels), validation=Split(x, labels))
+    (note,) = settle_(SimpleNamespace(data=data), model)
+    accuracy, _ = evaluate(model, data.validation)
+    assert accuracy == 1.0
+    assert model[0].running_mean.equal(stored) == bool(drift)
+    assert ("recalibrated:" in note) == (not drift)
+    assert "validation" in note and "100.00 %" in note
 
 
 def fake_result() -> dict:
