@@ -46,6 +46,23 @@ def write_atomic(path: pathlib.Path, content: bytes) -> None:
         raise
 
 
+def write_tensors(path: pathlib.Path, tensors: dict[str, Tensor], facts: dict) -> None:
+    """Write a safetensors file with facts as JSON in its header, whole or not at all."""
+    plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, save(plain, metadata={"facts": json.dumps(facts)}))
+
+
+def read_tensors(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
+    """Return (tensors, facts) of what write_tensors wrote; ValueError when it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+            return {key: file.get_tensor(key) for key in file.keys()}, facts  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: missing or damaged ({error})") from error
+
+
 def differing_keys(old: dict, new: dict, prefix: str = "") -> list[str]:
     """Return "key: old -> new" for each key on which two recipes differ."""
     found = []
@@ -134,20 +151,11 @@ class RunFolder:
 
     def save_tensors(self, name: str, tensors: dict[str, Tensor], facts: dict) -> None:
         """Write name.safetensors with facts as JSON in its header."""
-        plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        path = self.path / f"{name}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, save(plain, metadata={"facts": json.dumps(facts)}))
+        write_tensors(self.path / f"{name}.safetensors", tensors, facts)
 
     def load_tensors(self, name: str) -> tuple[dict[str, Tensor], dict]:
         """Return (tensors, facts) of name.safetensors; ValueError when it is damaged."""
-        path = self.path / f"{name}.safetensors"
-        try:
-            with safe_open(path, "pt") as file:
-                facts = json.loads((file.metadata() or {}).get("facts", "{}"))
-                return {key: file.get_tensor(key) for key in file.keys()}, facts  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: missing or damaged ({error})") from error
+        return read_tensors(self.path / f"{name}.safetensors")
 
     def iterates_done(self) -> int:
         """Return how many phases are finished: 0, or 1 + the last iteration."""

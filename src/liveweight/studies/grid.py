@@ -15,13 +15,11 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from liveweight.compress.measure import torch_threads
 from liveweight.runs.finish import machine_facts
-from liveweight.runs.folder import differing_keys, write_atomic
+from liveweight.runs.folder import differing_keys, read_tensors, write_atomic, write_tensors
 from liveweight.runs.progress import Reporter
 from liveweight.runs.prune_run import denormals_flushed
 from liveweight.runs.recipe import RecipeError, build, check_device, option
@@ -153,16 +151,11 @@ class StudyFolder:
         """
         path = self.path / "cache" / f"{name}.safetensors"
         if not path.is_file():
-            tensors, facts = make()
-            plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-            path.parent.mkdir(exist_ok=True)
-            write_atomic(path, save(plain, metadata={"facts": json.dumps(facts)}))
+            write_tensors(path, *make())
         try:
-            with safe_open(path, "pt") as file:
-                facts = json.loads((file.metadata() or {}).get("facts", "{}"))
-                return {key: file.get_tensor(key) for key in file.keys()}, facts  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: damaged ({error}); remove it to make it again") from error
+            return read_tensors(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; remove it to make it again") from error
 
 
 def run_study(
